@@ -1,0 +1,11 @@
+from . import core as core
+from . import data as data
+from . import decoders as decoders
+from . import encoders as encoders
+from . import heads as heads
+from . import learner as learner
+from . import losses as losses
+from . import metrics as metrics
+from . import vis as vis
+
+__version__: str
