@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODES', 'LEVELS', 'HEIGHTS', 'SIZES', 'NOTICE', 'RECIPE', 'read_volumes', 'axial', 'block_mean', 'tissue_slice',
-           'level_of', 'split_of', 'degrade', 'write_slices', 'brain_slices', 'brain_dataloaders', 'intensity_lookup',
-           'brain_card']
+           'level_of', 'split_of', 'degrade', 'write_slices', 'brain_slices', 'height_of', 'mask_file', 'level_of_file',
+           'is_valid', 'brain_dataloaders', 'intensity_lookup', 'lookup_masks', 'brain_card']
 
 # %% ../../nbs/data/03_brain.ipynb #imports
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import ColReader, ColSplitter
+from fastai.data.transforms import FuncSplitter
 from PIL import Image
 from torch import Tensor
 
@@ -149,6 +149,23 @@ def brain_slices(
     for column in ("image", "mask"): table[column] = [str(where/path) for path in table[column]]
     return table
 
+# %% ../../nbs/data/03_brain.ipynb #of-file
+def height_of(
+    file: str | Path, # File of a picture, such as `images/z+10_0.png`
+) -> int: # Height in millimetres
+    "The height that is part of a file's name"
+    return int(Path(file).stem[1:4])
+
+def mask_file(
+    file: str | Path, # File of a picture
+) -> Path: # File of its mask
+    "Where the mask of a picture is"
+    return Path(file).parent.parent/f"masks/z{height_of(file):+03}.png"
+
+def level_of_file(file): return level_of(height_of(file))
+
+def is_valid(file): return split_of(height_of(file)) == "valid"
+
 # %% ../../nbs/data/03_brain.ipynb #loaders
 def brain_dataloaders(
     bs: int = 8, # Batch size
@@ -166,9 +183,10 @@ def brain_dataloaders(
     "Training and validation slices, ready for a `Learner`"
     if in_channels not in (1, 3): raise ValueError(f"in_channels={in_channels!r}: expected 1 or 3")
     block = DataBlock(SegmentationBlocks(CODES, LEVELS if labels else None, in_channels=in_channels), n_inp=1,
-                      get_x=ColReader("image"), get_y=[ColReader("mask"), ColReader("level")][:1 + labels],
-                      splitter=ColSplitter(), item_tfms=item_tfms, batch_tfms=batch_tfms)
-    return block.dataloaders(brain_slices(size, degraded, variants, folder), bs=bs, num_workers=num_workers, **kwargs)
+                      get_y=[mask_file, level_of_file][:1 + labels], splitter=FuncSplitter(is_valid),
+                      item_tfms=item_tfms, batch_tfms=batch_tfms)
+    files = [Path(file) for file in brain_slices(size, degraded, variants, folder).image]
+    return block.dataloaders(files, bs=bs, num_workers=num_workers, **kwargs)
 
 # %% ../../nbs/data/03_brain.ipynb #lookup
 def intensity_lookup(
@@ -183,6 +201,16 @@ def intensity_lookup(
     seen = np.flatnonzero(counts.sum(1))
     nearest = seen[np.abs(np.arange(256)[:, None] - seen).argmin(1)]  # an intensity never seen asks its neighbour
     return torch.from_numpy(counts.argmax(1)[nearest])
+
+# %% ../../nbs/data/03_brain.ipynb #lookup-masks
+def lookup_masks(
+    dls: DataLoaders, # Loaders of `brain_dataloaders`
+) -> tuple[Tensor, Tensor]: # Masks by the lookup and true masks `(n, h, w)` of all validation slices
+    "What the best lookup from intensity to class answers on the validation slices"
+    lookup = intensity_lookup(dls.train_ds)
+    pictures, masks = (torch.stack([torch.from_numpy(np.array(item[i])) for item in dls.valid_ds]) for i in (0, 1))
+    if pictures.dim() == 4: pictures = pictures[..., 0]
+    return lookup[pictures.long()], masks.long()
 
 # %% ../../nbs/data/03_brain.ipynb #card
 def brain_card() -> str: # A few paragraphs of plain text
