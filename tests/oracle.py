@@ -24,14 +24,14 @@ def relative_error(a, b):
 
 
 @torch.no_grad()
-def assert_same(ours_class, name, size=(64, 96), tolerance=1e-5, **kwargs):
-    "Build SMP's model and ours, copy SMP's weights strictly, compare all outputs in evaluation mode"
+def assert_same(ours_class, name, size=(64, 96), tolerance=1e-10, **kwargs):
+    "Build SMP's model and ours, copy SMP's weights strictly, compare all outputs in evaluation mode, in float64"
     kwargs = {"encoder_name": "resnet18", "encoder_weights": None, "classes": 5} | kwargs
     torch.manual_seed(0)
-    theirs = randomise(getattr(smp, name)(**kwargs)).eval()
-    ours = ours_class(**kwargs).eval()
+    theirs = randomise(getattr(smp, name)(**kwargs)).double().eval()
+    ours = ours_class(**kwargs).double().eval()
     assert not ours.load_state_dict(theirs.state_dict()).missing_keys
-    x = torch.randn(2, kwargs.get("in_channels", 3), *size)
+    x = torch.randn(2, kwargs.get("in_channels", 3), *size, dtype=torch.float64)
     a, b = ours(x), theirs(x)
     for p, q in zip(a, b, strict=True) if isinstance(b, tuple) else [(a, b)]:
         assert p.shape == q.shape
