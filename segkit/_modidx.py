@@ -255,6 +255,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'segkit.vis.costs._Payers': ('vis/costs.html#_payers', 'segkit/vis/costs.py'),
                                   'segkit.vis.costs._Payers.__call__': ('vis/costs.html#_payers.__call__', 'segkit/vis/costs.py'),
                                   'segkit.vis.costs._Payers.__init__': ('vis/costs.html#_payers.__init__', 'segkit/vis/costs.py'),
+                                  'segkit.vis.costs._Payers.apart': ('vis/costs.html#_payers.apart', 'segkit/vis/costs.py'),
                                   'segkit.vis.costs._bars': ('vis/costs.html#_bars', 'segkit/vis/costs.py'),
                                   'segkit.vis.costs._short': ('vis/costs.html#_short', 'segkit/vis/costs.py'),
                                   'segkit.vis.costs._stages': ('vis/costs.html#_stages', 'segkit/vis/costs.py'),
