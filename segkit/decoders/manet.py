@@ -173,7 +173,6 @@ class MAnetDecoder(nn.Module):
 @architectures.register("manet")
 class MAnet(SegmentationModel):
     "[MA-Net](https://doi.org/10.1109/ACCESS.2020.3025372) (Fan et al., 2020) with any encoder"
-    requires_divisible_input_shape = False
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
 
     def __init__(self,

@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 
 from ..core.layers import Conv2dReLU, initialize_head
-from ..core.model import SegmentationModel, check_images
+from ..core.model import SegmentationModel, check_images, pad_to_multiple
 from ..core.registry import architectures, check_choice
 from .unet import UnetDecoderBlock, check_widths
 from ..encoders.base import get_encoder
@@ -38,10 +38,10 @@ class Grid:
         "Channels of node `x_{d}_{l}`: free in the outermost path, elsewhere the encoder's at that size"
         return self.outer[l] if d == 0 else self.deep_first[l + 1]
 
-    def inputs(self, d: int, l: int) -> tuple[int, int]:
-        "Channels of what comes from below and from the side"
+    def inputs(self, d: int, l: int) -> tuple[int, int | None]:
+        "Channels of what comes from below, and from the side if anything does"
         below = self.deep_first[d] if d == l else self.width(d, l - 1)
-        return below, 0 if l == self.depth - 1 else self.deep_first[l + 1]*(l + 1 - d)
+        return below, None if l == self.depth - 1 else self.deep_first[l + 1]*(l + 1 - d)
 
     def nodes(self, level: int) -> list[tuple[int, int]]:
         "Nodes that the mask of `level` depends on"
@@ -100,8 +100,8 @@ class UnetPlusPlusDecoder(nn.Module):
 @architectures.register("unetplusplus")
 class UnetPlusPlus(SegmentationModel):
     "[U-Net++](https://arxiv.org/abs/1912.05074) (Zhou et al., 2019) with any encoder"
-    requires_divisible_input_shape = False
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
+    unused_tensors = ("decoder.blocks.*.attention1.*",)  # SMP stores these for the last node, too
 
     def __init__(self,
         encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
@@ -127,7 +127,7 @@ class UnetPlusPlus(SegmentationModel):
         channels = self.encoder.out_channels
         if not channels[-1]: raise ValueError(f"encoder_depth={encoder_depth}: {encoder_name!r} has no map there; use a depth of at least 2")
         self.decoder = UnetPlusPlusDecoder(channels, decoder_channels, decoder_use_norm, decoder_attention_type, decoder_interpolation,
-                                           add_center_block=channels[0] != in_channels, level=level)
+                                           add_center_block=self.encoder.has_center, level=level)
         if small: self.encoder = build(self.decoder.encoder_depth, encoder_weights)  # a label needs the deepest map, a shallow mask does not
         head = lambda width, stride: SegmentationHead(width, classes, activation=activation, upsampling=stride)
         self.segmentation_head, *others = [head(*size) for size in self.decoder.sizes()]
@@ -143,7 +143,7 @@ class UnetPlusPlus(SegmentationModel):
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor]: # Mask `(b, classes, h, w)`, or with deep supervision a list of them; and a label
         check_images(x, self.encoder.in_channels)
-        features = self.encoder(x)
+        features = self.encoder(pad_to_multiple(x, 2**self.decoder.grid.depth))  # also in a sub-network: its numbers are those of the whole
         if self.training and self.deep_heads:
             maps = self.decoder(features, all_levels=True)
             mask = [self.crop(head(m), *x.shape[-2:]) for head, m in zip([self.segmentation_head, *self.deep_heads], maps, strict=True)]
