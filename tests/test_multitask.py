@@ -173,3 +173,37 @@ def test_is_a_well_behaved_module(batch):
 def test_fastai_is_not_imported():
     code = "import sys, segkit.losses.multitask; assert 'fastai' not in sys.modules and 'timm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mask, self.label = nn.Conv2d(1, 3, 1), nn.Linear(64, 5)
+    def forward(self, x): return self.mask(x), self.label(x.flatten(1))
+
+def test_a_real_fastai_learner(batch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fastai.callback.progress import ProgressCallback
+        from fastai.data.core import DataLoaders
+        from fastai.data.load import DataLoader
+        from fastai.learner import Learner
+        from fastai.metrics import LossMetrics
+    _, mask, label = batch
+    data = [(torch.randn(1, 8, 8), m, l) for m, l in zip(mask, label, strict=True)]
+    dls = DataLoaders(*(DataLoader(data, bs=2, num_workers=0, n_inp=1) for _ in range(2)), device="cpu")
+    loss = MultiTaskLoss(nn.CrossEntropyLoss(), nn.CrossEntropyLoss())
+    model = TwoHeads()
+    learner = Learner(dls, model, loss, metrics=LossMetrics("mask_loss_value,label_loss_value", "mask_loss,label_loss"),
+                      splitter=lambda m: list(m.parameters()))
+    learner.remove_cb(ProgressCallback)
+    with learner.no_logging(): learner.fit(1, 1e-2)
+    total, m, l = learner.validate(dl=dls.valid)
+    assert_close(total, m + .3*l)
+    with learner.no_bar():
+        probs, targets, decoded, losses = learner.get_preds(dl=dls.valid, with_loss=True, with_decoded=True)
+    with torch.no_grad(): pred = model.eval()(torch.stack([x for x, *_ in data]))
+    assert_close(losses, loss(pred, mask, label, reduction="none"))
+    assert_close(probs[0], pred[0].softmax(1))
+    assert torch.equal(decoded[0], pred[0].argmax(1)) and torch.equal(decoded[1], pred[1].argmax(1))
+    assert torch.equal(targets[1], label)
+    assert loss.reduction == "mean"
