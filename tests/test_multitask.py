@@ -190,7 +190,8 @@ def test_a_real_fastai_learner(batch):
         from fastai.metrics import LossMetrics
     _, mask, label = batch
     data = [(torch.randn(1, 8, 8), m, l) for m, l in zip(mask, label, strict=True)]
-    dls = DataLoaders(*(DataLoader(data, bs=2, num_workers=0, n_inp=1) for _ in range(2)), device="cpu")
+    dls = DataLoaders(*(DataLoader(data, bs=2, num_workers=0) for _ in range(2)), device="cpu")
+    dls.n_inp = dls.train.n_inp = dls.valid.n_inp = 1
     loss = MultiTaskLoss(nn.CrossEntropyLoss(), nn.CrossEntropyLoss())
     model = TwoHeads()
     learner = Learner(dls, model, loss, metrics=LossMetrics("mask_loss_value,label_loss_value", "mask_loss,label_loss"),
