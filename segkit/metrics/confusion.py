@@ -175,6 +175,7 @@ class PairCounter:
 
     def count(self, pred: Tensor, target: Tensor):
         "Add the pairs of labels of a batch, both `(b, ...)`, or `(b, c, ...)` if multilabel"
+        if target.numel() == 0: return self
         groups = len(target)*self.num_classes if self.mode == "multilabel" else 1
         counts = count_pairs(pred.reshape(groups, -1), target.reshape(groups, -1), self.labels, self.ignore_index)
         self.counts = self.counts.to(counts.device) + counts.view(-1, *self.counts.shape).sum(0)
