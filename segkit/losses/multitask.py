@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+from ..core.registry import check_choice
+
 # %% ../../nbs/losses/06_multitask.ipynb #task
 MODES = ("binary", "multiclass", "multilabel")
 
@@ -61,7 +63,7 @@ def task_of(
     mode: str | None = None, # Mode, where the loss does not say it or serves several
 ) -> Task: # What the loss's predictions are
     "Read a loss's task off its attributes or its name, never off values"
-    if mode is not None and mode not in MODES: raise ValueError(f"mode {mode!r} is not one of {MODES}")
+    if mode is not None: check_choice("mode", mode, MODES)
     if isinstance(loss, CompositeLoss): task = loss.task
     else:
         names = [c.__name__ for c in type(loss).__mro__]
@@ -92,15 +94,14 @@ def _scalar(loss, pred, target):
                          "reduction='mean' and set `reduction` on the loss around it")
     return value
 
-def _check_reduction(reduction):
-    if reduction not in ("mean", "sum", "none"): raise ValueError(f"reduction {reduction!r} is not one of 'mean', 'sum', 'none'")
-    return reduction
+def _check_reduction(reduction): return check_choice("reduction", reduction, ("mean", "sum", "none"))
 
 # %% ../../nbs/losses/06_multitask.ipynb #composite
 class CompositeLoss(nn.Module):
     "A loss made of losses: one number for a batch or one for each item, every part kept in `values`"
     y_int = False # Tells fastai's `MixUp` that it must not take over the targets
     task = Task(()) # What the predictions are
+    threshold = 0.5 # Smallest probability that `decodes` takes as yes
 
     def __init__(self,
         reduction: Literal["mean", "sum", "none"] = "mean", # The whole batch's loss, or the sum, or all, of the items' own losses
@@ -133,6 +134,22 @@ class CompositeLoss(nn.Module):
         if reduction == "sum": total, terms = total.sum(), {name: t.sum() for name, t in terms.items()}
         self.values = {name: t.detach() for name, t in terms.items()}
         return total
+
+    def activation(self,
+        pred: Tensor | Sequence, # Prediction, as for `forward`
+    ) -> Tensor | tuple: # Probabilities; of several masks the finest; a tuple for (mask, label)
+        "What fastai's `get_preds` applies to predictions"
+        return self._each(pred, lambda task, part: task.activation(part))
+
+    def decodes(self,
+        probs: Tensor | Sequence, # Probabilities, as `activation` gives them
+    ) -> Tensor | tuple: # Decisions, in the form of the targets
+        "What fastai shows: decisions from probabilities, not from logits"
+        return self._each(probs, lambda task, part: task.decodes(part, self.threshold))
+
+    def _each(self, pred, do):
+        "`do(task, part)` for every answer of a model; of several masks the finest"
+        return do(self.task, pred if isinstance(pred, Tensor) else pred[0])
 
 # %% ../../nbs/losses/06_multitask.ipynb #sum
 class SumLoss(CompositeLoss):
@@ -195,8 +212,7 @@ class DeepSupervisionLoss(CompositeLoss):
         reduction: Literal["mean", "sum", "none"] = "mean", # As in `CompositeLoss`
     ):
         super().__init__(reduction)
-        if resize not in ("logits", "target"): raise ValueError(f"resize {resize!r} is not one of 'logits', 'target'")
-        self.loss, self.resize, self.task = loss, resize, task_of(loss)
+        self.loss, self.resize, self.task = loss, check_choice("resize", resize, ("logits", "target")), task_of(loss)
         self.weights = weights if weights is None else [_weight(w, "the weight of a level") for w in weights]
 
     def level_weights(self, n: int) -> list[float]:
@@ -259,12 +275,7 @@ class MultiTaskLoss(CompositeLoss):
         label: Tensor | None = None, # Labels of the `b` images, as `label_loss` wants them
         reduction: str | None = None, # Used in place of `self.reduction` in this call
     ) -> Tensor: # One number, or `(b,)` with reduction "none"
-        pair = self._is_pair(pred)
-        if pair and self.label_loss is None: raise ValueError("the model gave a mask and a label, but this loss has no `label_loss`")
-        if pair and label is None: raise ValueError("the model gave a label, but the batch has none: add a label block to the data, "
-                                                    "or build the model without `aux_params`")
-        if not pair and label is not None: raise ValueError("the batch has labels, but the model gave a mask only: build it with "
-                                                            "`aux_params`, or leave the labels out of the data")
+        self._check(self._is_pair(pred), label)
         return super().forward(pred, *([mask] if label is None else [mask, label]), reduction=reduction)
 
     def terms(self, pred: Tensor | Sequence, mask: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
@@ -279,22 +290,15 @@ class MultiTaskLoss(CompositeLoss):
         "Whether `pred` is (mask, label); a list without labels is the masks of a deeply supervised model"
         return not isinstance(pred, Tensor) and not (self.label_loss is None and isinstance(self.mask_loss, DeepSupervisionLoss))
 
+    def _check(self, pair, label):
+        "Raise unless the model, the batch and this loss agree about labels"
+        if pair and self.label_loss is None: raise ValueError("the model gave a mask and a label, but this loss has no `label_loss`")
+        if pair and label is None: raise ValueError("the model gave a label, but the batch has none: add a label block to the data, "
+                                                    "or build the model without `aux_params`")
+        if not pair and label is not None: raise ValueError("the batch has labels, but the model gave a mask only: build it with "
+                                                            "`aux_params`, or leave the labels out of the data")
+
     def _each(self, pred, do):
-        "`do(task, part)` for the mask and, where there is one, the label; of several masks the finest"
-        mask, *label = pred if self._is_pair(pred) else [pred]
-        if not isinstance(mask, Tensor): mask = mask[0]
-        if not label: return do(self.task, mask)
+        if not self._is_pair(pred): return super()._each(pred, do)
         if self.label_task is None: raise ValueError("the model gave a mask and a label, but this loss has no `label_loss`")
-        return do(self.task, mask), do(self.label_task, label[0])
-
-    def activation(self,
-        pred: Tensor | Sequence, # Logits of the mask, or the tuple (mask, label)
-    ) -> Tensor | tuple: # Probabilities, in the same form
-        "What fastai's `get_preds` applies to predictions"
-        return self._each(pred, lambda task, part: task.activation(part))
-
-    def decodes(self,
-        probs: Tensor | Sequence, # Probabilities, as `activation` gives them
-    ) -> Tensor | tuple: # Classes of the mask, or (mask, label), in the form of their targets
-        "What fastai shows: decisions from probabilities, not from logits"
-        return self._each(probs, lambda task, part: task.decodes(part, self.threshold))
+        return super()._each(pred[0], do), do(self.label_task, pred[1])
