@@ -147,6 +147,7 @@ def test_errors(batch):
     with pytest.raises(ValueError, match="no `label_loss`"): MultiTaskLoss(ce).activation(pred)
     for bad in (-1, float("nan"), float("inf"), True, "learned", None):
         with pytest.raises(ValueError, match="label_weight"): MultiTaskLoss(ce, ce, label_weight=bad)
+    with pytest.raises(ValueError, match="no `label_loss`"): MultiTaskLoss(ce, label_weight="uncertainty")
     with pytest.raises(ValueError, match="learned"): MultiTaskLoss(ce, ce, "uncertainty").label_weight = .5
     for build in (lambda: MultiTaskLoss(ce, reduction="avg"), lambda: both(pred, mask, label, reduction="pixel")):
         with pytest.raises(ValueError, match="reduction"): build()
