@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BINARY_MODE', 'MULTICLASS_MODE', 'MULTILABEL_MODE', 'MODES', 'REDUCTIONS', 'PIXEL_REDUCTIONS', 'check_choice',
            'check_range', 'Batch', 'compute_dtype', 'prepare', 'probabilities', 'safe_divide', 'reduce_pixels',
-           'ReducedLoss', 'check_weights', 'SegmentationLoss']
+           'pieces', 'wide_dtype', 'ReducedLoss', 'check_weights', 'SegmentationLoss']
 
 # %% ../../nbs/losses/00_base.ipynb #imports
 from typing import NamedTuple, Sequence
@@ -148,6 +148,22 @@ def reduce_pixels(
     axes = tuple(range(reduction == "none", values.ndim))  # a mean over all, or over all but the images
     weights = torch.ones((), dtype=values.dtype, device=values.device) if weights is None else weights.to(values.dtype)
     return safe_divide(values.sum(axes), weights.expand_as(values).sum(axes)) if axes else values
+
+# %% ../../nbs/losses/00_base.ipynb #pieces
+def pieces(
+    x: Tensor, # Tensor `(b, c, n)` to be worked on
+) -> list[tuple[slice, slice]]: # Images and pixels of each piece
+    "Cut images and pixels into pieces that a cache can hold; classes stay together"
+    b, c, n = x.shape
+    size = 2**18 if x.device.type == "cpu" else 2**25
+    images, pixels = max(1, size // max(1, c*n)), max(1, min(n, size // max(1, c)))
+    return [(slice(i, i + images), slice(j, j + pixels)) for i in range(0, b, images) for j in range(0, n, pixels)]
+
+def wide_dtype(
+    x: Tensor, # A tensor on the device of the computation
+) -> torch.dtype: # `float64`, or `float32` on Apple's GPUs, which have no other
+    "The precision to add many numbers in"
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 # %% ../../nbs/losses/00_base.ipynb #reduced
 class ReducedLoss(nn.Module):
