@@ -1,0 +1,10 @@
+from .pictures import STYLE as STYLE
+from .pictures import colorize as colorize
+from .pictures import components as components
+from .pictures import feature_maps as feature_maps
+from .pictures import overlay as overlay
+from .pictures import palette as palette
+from .pictures import photograph as photograph
+from .pictures import show as show
+from .pictures import strip as strip
+from .pictures import table as table
