@@ -1,0 +1,17 @@
+from .callbacks import CheckTargets as CheckTargets
+from .callbacks import FreezeBatchNorm as FreezeBatchNorm
+from .callbacks import GuardMixing as GuardMixing
+from .display import show_predictions as show_predictions
+from .learner import SegmentationLearner as SegmentationLearner
+from .learner import default_loss as default_loss
+from .learner import segmentation_learner as segmentation_learner
+from .metrics import LossPart as LossPart
+from .metrics import MaskScore as MaskScore
+from .metrics import default_metrics as default_metrics
+from .metrics import label_metric as label_metric
+from .metrics import mask_metric as mask_metric
+from .splitter import CheckedSplitter as CheckedSplitter
+from .splitter import segmentation_splitter as segmentation_splitter
+from .targets import Targets as Targets
+from .targets import check_items as check_items
+from .targets import read_targets as read_targets
