@@ -7,5 +7,7 @@ from . import learner as learner
 from . import losses as losses
 from . import metrics as metrics
 from . import vis as vis
+from .core.model import SegmentationModel as SegmentationModel
+from .decoders.unet import Unet as Unet
 
 __version__: str

@@ -1,0 +1,2 @@
+from .unet import Unet as Unet
+from .unet import UnetDecoder as UnetDecoder

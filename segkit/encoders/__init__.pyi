@@ -1,0 +1,11 @@
+from .base import EncoderMixin as EncoderMixin
+from .base import check_encoder as check_encoder
+from .base import encoders as encoders
+from .base import get_encoder as get_encoder
+from .base import get_encoder_names as get_encoder_names
+from .base import parameter_stages as parameter_stages
+from .base import register_encoder as register_encoder
+from .preprocessing import get_preprocessing_fn as get_preprocessing_fn
+from .preprocessing import get_preprocessing_params as get_preprocessing_params
+from .preprocessing import preprocess_input as preprocess_input
+from .universal import TimmUniversalEncoder as TimmUniversalEncoder

@@ -1,0 +1,2 @@
+from .classification import ClassificationHead as ClassificationHead
+from .segmentation import SegmentationHead as SegmentationHead

@@ -1,0 +1,46 @@
+"""All checks, or those that are named: `python tools/check.py [notebooks fresh readme lint docs run tests]`.
+
+`make check` and continuous integration run them all. The tree may hold uncommitted work: each check looks at the files
+as they are. A check that fails does not stop the others; the exit code is 1 when one failed."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
+CHECKS = {
+    "notebooks": ("structure of the notebooks", [PYTHON, "tools/check_nbs.py"]),
+    "fresh": ("modules are what the notebooks export, notebooks are clean", [PYTHON, "tools/check_fresh.py"]),
+    "readme": ("README.md is what nbs/index.ipynb says", [PYTHON, "tools/docs.py", "readme", "--check"]),
+    "lint": ("ruff", [PYTHON, "-m", "ruff", "check", "nbs", "tests", "tools", "docs", "setup.py"]),
+    "docs": ("the site builds without warnings", [PYTHON, "tools/docs.py", "site"]),
+    "run": ("every notebook runs", ["nbdev-test", "--n-workers", "2", "--timing"]),
+    "tests": ("pytest", [PYTHON, "-m", "pytest"]),  # last: its closing line ends a run that passes
+}
+
+def tree():
+    "What git says about the tree, or nothing without git"
+    try: return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, text=True, capture_output=True).stdout
+    except FileNotFoundError: return ""
+
+def main(names):
+    if "--help" in names: return print(__doc__)
+    if unknown := [n for n in names if n not in CHECKS]: raise SystemExit(f"no check {', '.join(unknown)}\n\n{__doc__}")
+    env = os.environ | {"PATH": f"{Path(PYTHON).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+    before, failed = tree(), []
+    for name in names or CHECKS:
+        what, command = CHECKS[name]
+        print(f"\n==> {name}: {what}", flush=True)
+        start = time.monotonic()
+        passed = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL).returncode == 0
+        if not passed: failed.append(name)
+        if not passed or name != "tests":
+            print(f"{'ok' if passed else 'FAILED'} ({time.monotonic() - start:.0f} s)", flush=True)
+    if tree() != before:
+        print(f"the checks changed the tree; it was\n{before or '(clean)'}\nand is\n{tree()}")
+        failed.append("tree")
+    if failed: raise SystemExit(f"\nfailed: {', '.join(failed)}")
+
+if __name__ == "__main__": main(sys.argv[1:])
