@@ -1,0 +1,4 @@
+from .base import BINARY_MODE as BINARY_MODE
+from .base import MULTICLASS_MODE as MULTICLASS_MODE
+from .base import MULTILABEL_MODE as MULTILABEL_MODE
+from .base import SegmentationLoss as SegmentationLoss
