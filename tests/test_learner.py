@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from segkit.learner import shims  # noqa: F401  first: it filters the warnings of fastai's import
+from segkit.learner import shims  # first: it filters the warnings of fastai's import
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.hook import ActivationStats
@@ -30,9 +30,10 @@ from sklearn.metrics import f1_score, jaccard_score
 from segkit.decoders import Unet
 from segkit.learner import (MaskScore, SegmentationLearner, Targets, check_items, default_loss, label_metric, mask_metric, read_targets,
                             segmentation_learner, segmentation_splitter)
-from segkit.losses import MultiTaskLoss
+from segkit.losses.multitask import MultiTaskLoss
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]  # pytest sets all filters anew
 CODES, LABELS = ["ground", "square", "edge"], ["odd", "even"]
 SMALL = dict(encoder_name="resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(32, 16, 8))
 

@@ -36,8 +36,8 @@ from .splitter import CheckedSplitter, segmentation_splitter, unwrap
 from .targets import Targets, check_items, read_targets
 from .tiles import tiled
 from .views import View, ViewsModel, to_probs
-from ..losses import DiceLoss, MultiTaskLoss, SoftBCEWithLogitsLoss, SumLoss
-from ..losses.multitask import Task
+from ..losses.multitask import MultiTaskLoss, SumLoss, Task
+from ..losses.region import DiceLoss
 
 # %% ../../nbs/learner/03_learner.ipynb #unbatch
 def unbatch(
@@ -263,7 +263,10 @@ def default_loss(
     "Cross entropy plus Dice for the mask, cross entropy for the label"
     skip = {} if targets.ignore_index is None else {"ignore_index": targets.ignore_index}
     if targets.mask == "multiclass": ce = nn.CrossEntropyLoss(**skip)
-    else: ce = SoftBCEWithLogitsLoss(**skip)
+    elif not skip: ce = nn.BCEWithLogitsLoss()
+    else:
+        from segkit.losses.distribution import SoftBCEWithLogitsLoss
+        ce = SoftBCEWithLogitsLoss(**skip)
     mask = SumLoss(ce=ce, dice=DiceLoss(targets.mask, **skip))
     label = {None: None, "multiclass": nn.CrossEntropyLoss(), "multilabel": nn.BCEWithLogitsLoss()}[targets.label]
     return MultiTaskLoss(mask, label, label_weight, mask_mode=targets.mask, label_mode=targets.label)
@@ -341,7 +344,10 @@ def segmentation_learner(
     **kwargs: Any, # Arguments of `Learner`, and of the architecture
 ) -> SegmentationLearner: # Learner whose pretrained encoder is frozen
     "A learner for masks, or for masks and labels, whose model, loss and metrics follow from the data"
-    targets = read_targets(dls, classes, ignore_index)
+    try: targets = read_targets(dls, classes, ignore_index)
+    except RuntimeError:  # no batch can be made: a mask that does not fit its picture is the likely reason, and has a name
+        check_items(dls, None, check or 32)
+        raise
     if check != 0: check_items(dls, targets, check)
     of_learner = {"train_bn": False, **{k: kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGUMENTS}}
     model = resolve(arch)

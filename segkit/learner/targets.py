@@ -95,7 +95,7 @@ def _label(dls, label):
 # %% ../../nbs/learner/00a_targets.ipynb #check
 def check_items(
     dls: DataLoaders, # Data to look at
-    targets: Targets, # What `read_targets` found
+    targets: Targets | None, # What `read_targets` found; None to compare sizes alone
     n: int | None = 32, # Items looked at in each set; all of them if None
 ) -> None:
     "Raise `ValueError`, with the file's name, if a picture and its mask differ in size or a mask has values without a code"
@@ -107,6 +107,7 @@ def check_items(
             sizes = [_size(part) for part in item[:2]]
             if None not in sizes and sizes[0] != sizes[1]:
                 raise ValueError(f"{name_of(dl, i)}: the picture has height and width {sizes[0]}, its mask {sizes[1]}")
+            if targets is None: continue
             batch = dl.after_batch(to_device(dl.do_batch([dl.after_item(item)]), dl.device or "cpu"))
             if wrong := wrong_values(batch[1], targets): raise ValueError(f"{name_of(dl, i)}: {_explain(wrong, targets)}")
 
