@@ -29,6 +29,7 @@ def main(names):
     if "--help" in names: return print(__doc__)
     if unknown := [n for n in names if n not in CHECKS]: raise SystemExit(f"no check {', '.join(unknown)}\n\n{__doc__}")
     env = os.environ | {"PATH": f"{Path(PYTHON).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two workers with two threads each on two cores: waiting threads must not spin
     before, failed = tree(), []
     for name in names or CHECKS:
         what, command = CHECKS[name]
