@@ -1,4 +1,6 @@
 from .callbacks import CheckTargets as CheckTargets
+from .callbacks import EMA as EMA
+from .callbacks import Checkpoint as Checkpoint
 from .callbacks import FreezeBatchNorm as FreezeBatchNorm
 from .callbacks import GuardMixing as GuardMixing
 from .display import show_predictions as show_predictions

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import nn, Tensor
 
 from . import shims  # first: it filters the warnings of fastai's import
+from fastai.callback.core import CancelEpochException
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, ToTensor
 from fastai.learner import Learner
@@ -56,9 +57,13 @@ class SegmentationLearner(Learner):
         task: Targets | None = None, # What there is to learn; read from `dls` if None
         **kwargs: Any, # Arguments of fastai's `Learner`
     ):
-        self.task = task or read_targets(dls)
+        self.task, self.first_epoch = task or read_targets(dls), 0
         super().__init__(dls, model, *args, **kwargs)
         self.add_cbs([FreezeBatchNorm(), GuardMixing(), CheckTargets(self.task)])
+
+    def _do_fit(self):
+        first, self.first_epoch = self.first_epoch, 0
+        for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def create_opt(self):
         "The optimiser, with the parameters of the loss (learned task weights) in the last group"
