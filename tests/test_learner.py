@@ -5,12 +5,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from segkit.learner import shims  # first: it filters the warnings of fastai's import
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, TransformBlock
+
 from fastai.data.transforms import IndexSplitter, Normalize, get_c
 from fastai.interpret import Interpretation
 from fastai.learner import load_learner
@@ -18,25 +25,11 @@ from fastai.metrics import DiceMulti, F1Score, JaccardCoeffMulti, accuracy, fore
 from fastai.torch_core import TensorMask
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageBlock, MaskBlock
-from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
-from torch import nn
-from torch.nn import functional as F
 
 from segkit.decoders import Unet
-from segkit.learner import (
-    MaskScore,
-    SegmentationLearner,
-    Targets,
-    check_items,
-    default_loss,
-    label_metric,
-    mask_metric,
-    read_targets,
-    segmentation_learner,
-    segmentation_splitter,
-    shims,  # first: it filters the warnings of fastai's import
-)
+from segkit.learner import (MaskScore, SegmentationLearner, Targets, check_items, default_loss, label_metric, mask_metric, read_targets,
+                            segmentation_learner, segmentation_splitter)
 from segkit.losses.multitask import MultiTaskLoss
 
 torch.set_num_threads(1)

@@ -14,9 +14,11 @@ import numpy as np
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from . import shims  # first: it filters the warnings of fastai's import
 from fastai.data.core import show_results
 from fastai.interpret import plot_top_losses
 from fastai.torch_core import TensorCategory, TensorImage, TensorMask, TensorMultiCategory
+from fastai.vision import learner as _stock  # registers the displays that fastai has
 from plum import dispatch
 from .targets import Targets
 from ..vis import overlay, palette

@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn, Tensor
 
+from . import shims  # first: it filters the warnings of fastai's import
 from fastai.callback.core import CancelEpochException
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, ToTensor
