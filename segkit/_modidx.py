@@ -371,6 +371,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'segkit.losses.region._piece_gradient': ( 'losses/region.html#_piece_gradient',
                                                                                 'segkit/losses/region.py'),
                                       'segkit.losses.region._power': ('losses/region.html#_power', 'segkit/losses/region.py'),
+                                      'segkit.losses.region.plain_sums': ('losses/region.html#plain_sums', 'segkit/losses/region.py'),
                                       'segkit.losses.region.region_sums': ('losses/region.html#region_sums', 'segkit/losses/region.py'),
                                       'segkit.losses.region.tversky_score': ( 'losses/region.html#tversky_score',
                                                                               'segkit/losses/region.py')},
