@@ -13,7 +13,6 @@ from typing import Literal, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..core.registry import check_choice
 from .base import (BINARY_MODE, MULTICLASS_MODE, MULTILABEL_MODE, PIXEL_REDUCTIONS, Batch, SegmentationLoss,
@@ -206,10 +205,13 @@ class _FocalSums(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
-        saved = ctx.saved_tensors
-        out, grad = torch.empty_like(saved[0]), grad.to(compute_dtype(saved[0]))[..., None]
+        saved, grad = ctx.saved_tensors, grad.to(compute_dtype(ctx.saved_tensors[0]))
+        if torch.is_grad_enabled():  # create_graph=True: second derivatives are wanted
+            logits, target, counted, alpha = saved
+            sums = torch.stack([x.sum(2) for x in _plain_entries(Batch(logits, target, counted), *ctx.power, alpha)])
+            return *torch.autograd.grad(sums, logits, grad, create_graph=True), None, None, None, None, None
+        out, grad = torch.empty_like(saved[0]), grad[..., None]
         for where in pieces(out):
             loss, factor = _focal_piece(*saved, where, *ctx.power, slopes=True)
             g_loss, g_factor = grad[:, where[0]]
@@ -222,7 +224,7 @@ def focal_sums(
     reduced_threshold: float | None = None, # Entries with less probability keep a factor of 1
     alpha: Tensor | None = None, # Weight of a *yes* for each class `(c,)`; a *no* weighs one minus it
 ) -> Tensor: # Sum of losses and sum of factors of each image and class `(2, b, c)`, in `wide_dtype`
-    "The sums of the one-vs-rest focal loss, differentiable once with respect to the logits"
+    "The sums of the one-vs-rest focal loss, without a tensor of full size"
     logits, target, counted = batch
     flat = (t if t is None else t.flatten(1 if batch.has_labels else 2) for t in (target, counted))
     alpha = None if alpha is None else alpha.to(compute_dtype(logits)).expand(batch.classes)
