@@ -86,7 +86,7 @@ def show_predictions(
             text, color = label_title(sample[2], out[1], of_label[i])
             row[0].set_title(text, color=color, fontsize=9)
         row[1].set_title("true" if i == 0 else "", fontsize=9)
-        row[2].set_title(("predicted" if i == 0 else "") + ("" if losses is None else f" loss {losses[i]:.2f}"), fontsize=9)
+        row[2].set_title(", ".join(["predicted"]*(i == 0) + ([] if losses is None else [f"loss {losses[i]:.2f}"])), fontsize=9)
     if codes is not None: _legend(fig, [str(c) for c in codes], n, [np.asarray(s[1]) for s in samples])
     return fig
 
