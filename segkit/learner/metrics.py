@@ -8,7 +8,6 @@ __all__ = ['MASK_SCORES', 'OutputView', 'plain', 'flatten', 'OnOutput', 'mask_me
 
 # %% ../../nbs/learner/01_metrics.ipynb #imports
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
