@@ -69,6 +69,9 @@ def test_binary_and_multilabel_equal_torchmetrics(threshold):
     assert torch.equal(many.matrix, tm.multilabel_confusion_matrix(logits.sigmoid(), target, **options))
     assert_close(many.iou().float(), tm.multilabel_jaccard_index(logits.sigmoid(), target, average="none", **options), rtol=0, atol=1e-6)
     assert_close(many.accuracy().float(), tm.multilabel_accuracy(logits.sigmoid(), target, average="micro", **options), rtol=0, atol=1e-6)
+    for mine, theirs in ((many.precision, tm.multilabel_precision), (many.recall, tm.multilabel_recall), (many.dice, tm.multilabel_f1_score)):
+        for average in (None, "macro", "micro", "weighted"):
+            assert_close(mine(average).float(), theirs(logits.sigmoid(), target, average=average or "none", **options), rtol=0, atol=1e-6)
     assert torch.equal(many.stats()[3], many.matrix[:, 0, 0])
     probs = ConfusionMatrix(3, -1, mode="multilabel", threshold=threshold, from_logits=False).update(logits.sigmoid(), target)
     assert torch.equal(probs.matrix, many.matrix)

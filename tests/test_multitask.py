@@ -147,13 +147,14 @@ def test_errors(batch):
     with pytest.raises(ValueError, match="no `label_loss`"): MultiTaskLoss(ce).activation(pred)
     for bad in (-1, float("nan"), float("inf"), True, "learned", None):
         with pytest.raises(ValueError, match="label_weight"): MultiTaskLoss(ce, ce, label_weight=bad)
+    with pytest.raises(ValueError, match="no `label_loss`"): MultiTaskLoss(ce, label_weight="uncertainty")
     with pytest.raises(ValueError, match="learned"): MultiTaskLoss(ce, ce, "uncertainty").label_weight = .5
     for build in (lambda: MultiTaskLoss(ce, reduction="avg"), lambda: both(pred, mask, label, reduction="pixel")):
         with pytest.raises(ValueError, match="reduction"): build()
     with pytest.raises(ValueError, match="not one number"): MultiTaskLoss(nn.CrossEntropyLoss(reduction="none"))(pred[0], mask)
     with pytest.raises(ValueError, match="does not say"): MultiTaskLoss(lambda p, t: p.mean()).activation(pred[0])
     with pytest.raises(ValueError, match="'multilabel' was given"): MultiTaskLoss(ce, mask_mode="multilabel")
-    with pytest.raises(ValueError, match="not one of"): MultiTaskLoss(ce, mask_mode="multi")
+    with pytest.raises(ValueError, match="expected"): MultiTaskLoss(ce, mask_mode="multi")
     with pytest.raises(ValueError, match="1 channel"): MultiTaskLoss(smp.losses.DiceLoss("binary")).activation(pred[0])
     with pytest.raises(ValueError, match="disagree"): SumLoss(ce=ce, dice=smp.losses.DiceLoss("binary"))
     with pytest.raises(ValueError, match="disagree"): SumLoss(ce=ce, dice=smp.losses.DiceLoss("multiclass", from_logits=False))

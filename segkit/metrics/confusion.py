@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.registry import check_choice
+
 # %% ../../nbs/metrics/00_confusion.ipynb #check-labels
 def _labels(x, what):
     "Integers as int32 or, where they do not fit, int64; never floats"
@@ -83,7 +85,7 @@ def ratio(
     absent: float | None = None, # Value of 0/0; None: NaN, which no mean counts
 ) -> Tensor: # `(c,)`, or one number; float64
     "Scores of classes from their counts, and their average"
-    if average not in AVERAGES: raise ValueError(f"average {average!r} is not one of {AVERAGES}")
+    check_choice("average", average, AVERAGES)
     if average == "micro": numerator, denominator = numerator.sum(), denominator.sum()
     score = numerator.double()/denominator.double()
     if absent is not None: score = torch.where(denominator == 0, absent, score)
@@ -251,8 +253,7 @@ class ConfusionMatrix(PairCounter, Scores):
 def _check_mode(mode, num_classes):
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes is {num_classes!r}; it must be an integer, 1 or more")
-    if mode not in ("binary", "multiclass", "multilabel"):
-        raise ValueError(f"mode {mode!r} is not one of 'binary', 'multiclass', 'multilabel'")
+    check_choice("mode", mode, ("binary", "multiclass", "multilabel"))
     if mode == "binary" and num_classes != 1:
         raise ValueError(f"binary has num_classes=1, not {num_classes}; for background and foreground as two classes take 'multiclass'")
     return mode

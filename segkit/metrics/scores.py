@@ -15,6 +15,7 @@ from typing import Callable, Literal, Sequence
 import torch
 from torch import Tensor
 
+from ..core.registry import check_choice
 from .confusion import count_pairs
 
 # %% ../../nbs/metrics/01_scores.ipynb #stats
@@ -54,8 +55,7 @@ def _apply_threshold(output, target, threshold, ignore_index):
 # %% ../../nbs/metrics/01_scores.ipynb #check-stats
 def _check_stats(output, target, mode, threshold, num_classes):
     "Output and target that belong together, `(n, c, ...)` unless multiclass"
-    if mode not in ("binary", "multiclass", "multilabel"):
-        raise ValueError(f"mode {mode!r} is not one of 'binary', 'multiclass', 'multilabel'")
+    check_choice("mode", mode, ("binary", "multiclass", "multilabel"))
     if target.is_floating_point(): raise ValueError(f"the target is {target.dtype}; it must be integers")
     if output.shape != target.shape: raise ValueError(f"output {tuple(output.shape)} and target {tuple(target.shape)} differ in shape")
     if mode == "multiclass":
@@ -76,7 +76,7 @@ REDUCTIONS = {"micro": (0, 1), "macro": (0,), "weighted": (0,),  # dimensions ov
 
 def _score(formula: Callable, stats: Sequence[Tensor], reduction, class_weights, zero_division) -> Tensor:
     "Add up counts, apply `formula`, average"
-    if reduction not in REDUCTIONS: raise ValueError(f"reduction {reduction!r} is not one of {list(REDUCTIONS)}")
+    check_choice("reduction", reduction, REDUCTIONS)
     if class_weights is None and str(reduction).startswith("weighted"): raise ValueError(f"reduction {reduction!r} needs `class_weights`")
     exact = torch.float32 if stats[0].device.type == "mps" else torch.float64  # the one device without float64
     dims = REDUCTIONS[reduction]
