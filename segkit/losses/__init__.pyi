@@ -6,3 +6,7 @@ from .region import DiceLoss as DiceLoss
 from .region import FocalTverskyLoss as FocalTverskyLoss
 from .region import JaccardLoss as JaccardLoss
 from .region import TverskyLoss as TverskyLoss
+from .distribution import FocalLoss as FocalLoss
+from .distribution import OHEMCrossEntropyLoss as OHEMCrossEntropyLoss
+from .distribution import SoftBCEWithLogitsLoss as SoftBCEWithLogitsLoss
+from .distribution import SoftCrossEntropyLoss as SoftCrossEntropyLoss
