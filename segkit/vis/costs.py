@@ -6,6 +6,7 @@
 __all__ = ['Bill', 'Cost', 'cost']
 
 # %% ../../nbs/vis/03_costs.ipynb #imports
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Sequence
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .pictures import STYLE, show, table
-from .wiring import Part, _find, _image, _memory, _record, _Recorder, _tensors
+from .wiring import _find, _image, _memory, _record, _Recorder, _tensors
 
 if TYPE_CHECKING: from IPython.display import Image, Markdown
 
@@ -25,7 +26,7 @@ class _Meter(_Recorder):
     def __init__(self, model: nn.Module, image: Tensor, counter: FlopCounterMode):
         super().__init__(model, image)
         self.counter, self.work = counter, []  # (call, value that was made or None, multiply-adds)
-        self.users = {}  # memory of a parameter -> (call, value) of the first operation that took it
+        self.users = {}  # memory -> (call, value) of the first operation that took it and made a value
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before, values = self.counter.get_total_flops(), len(self.ops)
@@ -33,7 +34,8 @@ class _Meter(_Recorder):
         flops = self.counter.get_total_flops() - before
         place = self.stack[-1], values if len(self.ops) > values else None
         if flops: self.work.append((*place, flops//2))
-        for t in _tensors((args, kwargs)): self.users.setdefault(_memory(t), place)
+        for m in map(_memory, _tensors((args, kwargs))):
+            if self.users.get(m, (0, None))[1] is None: self.users[m] = place
         return made
 
 # %% ../../nbs/vis/03_costs.ipynb #stages
@@ -116,9 +118,8 @@ def _bars(cost: Cost) -> "Image":
 
 def _short(n: float) -> str:
     "A number with three digits and a unit"
-    for unit, word in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if n >= unit: return f"{n/unit:.3g}{word}"
-    return f"{n:.0f}"
+    unit, letter = next(((u, w) for u, w in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if n >= u), (1, ""))
+    return f"{n/unit:#.3g}".rstrip(".") + letter if letter else f"{n:.0f}"
 
 # %% ../../nbs/vis/03_costs.ipynb #payer
 class _Payers:
@@ -130,7 +131,13 @@ class _Payers:
         self.part_of = {call: n for n, call in calls.items() if self.found[n].kind in ("part", "head")}
         groups = {"level": "encoder", "part": "decoder" if levels else "parts", "head": "heads"}
         self.groups = {n: groups[p.kind] for n, p in self.found.items() if p.kind in groups and not p.missing}
-        self.groups |= {"encoder, rest": "encoder", "other": "other", "not used": "other"}
+
+    def apart(self, path: str, what: str) -> str:
+        "Name of the bill for what belongs to the module at `path` and to none of the parts"
+        top = self.encoder if f"{path}.".startswith(f"{self.encoder}.") else path.split(".")[0]
+        name = f"{top}, {what}".removeprefix(", ")
+        self.groups.setdefault(name, {self.encoder: "encoder", "decoder": "decoder"}.get(top, "heads" if "head" in top else "other"))
+        return name
 
     def __call__(self, call: int, value: int | None) -> str:
         "Name of the bill for an operation in `call` that made `value`"
@@ -138,11 +145,11 @@ class _Payers:
         for c in around:
             if c in self.part_of: return self.part_of[c]
         if value is None:
-            op = next((v for v, op in enumerate(self.seen.ops) if v and call in self.seen.calls[op.call].around), None)
-            if op is not None: return self(self.seen.ops[op].call, op)
+            within = [v for v, op in enumerate(self.seen.ops) if v and call in self.seen.calls[op.call].around]
+            if within: return self(call, min(within, key=lambda v: (self.seen.ops[v].call != call, v)))
         if self.owner.get(value) in self.groups: return self.owner[value]
         if value in self.stage: return self.stage[value]
-        return "encoder, rest" if any(self.seen.calls[c].name == self.encoder for c in around) else "other"
+        return self.apart(self.seen.calls[call].name, "rest")
 
 # %% ../../nbs/vis/03_costs.ipynb #cost
 def cost(
@@ -155,11 +162,10 @@ def cost(
     image = _image(model, image)
     with FlopCounterMode(display=False) as counter: seen = _record(model, image, _Meter(model, image, counter))
     payer = _Payers(model, seen, parts, encoder)
-    weights, work = dict.fromkeys(payer.groups, 0), dict.fromkeys(payer.groups, 0)
+    weights, work = Counter(), Counter()
     for call, value, count in seen.work: work[payer(call, value)] += count
-    for p in model.parameters():
-        name = payer(*seen.users[_memory(p)]) if _memory(p) in seen.users else "not used"
-        weights[name] += p.numel()
-    rare = ("encoder, rest", "other", "not used")
-    return Cost({n: Bill(n, group, weights[n], work[n]//len(image)) for n, group in payer.groups.items()
-                 if n not in rare or weights[n] or work[n]}, tuple(image.shape[-2:]))
+    for name, p in model.named_parameters():
+        user = seen.users.get(_memory(p))
+        weights[payer(*user) if user else payer.apart(name, "not used")] += p.numel()
+    bills = [Bill(n, group, weights[n], work[n]//len(image)) for n, group in payer.groups.items()]
+    return Cost({bill.name: bill for bill in bills}, tuple(image.shape[-2:]))

@@ -54,7 +54,8 @@ def _row(p: Part, before: list[str], t: Trace, at: dict[str, tuple[int, float]],
     same = [s for s in before if t.parts[s].stride == p.stride and not (flat and at[s][0] > 0)]
     if same: return at[min(same, key=lambda s: at[s][0] > 0)][1]
     if not p.stride: return max((at[s][1] for s in before), default=0)
-    return next((r for n, (c, r) in at.items() if c == 0 and t.parts[n].stride == p.stride), log2(p.stride))
+    beside = [r for n, (c, r) in at.items() if c == 0 and t.parts[n].stride == p.stride]
+    return beside[0 if flat else -1] if beside else log2(p.stride)
 
 # %% ../../nbs/vis/02_drawing.ipynb #place
 def _places(t: Trace) -> dict[str, tuple[int, float]]:
@@ -123,7 +124,7 @@ def _layout(t: Trace, places: dict, texts: dict[str, str], font: float, width: f
     for n, (c, r) in places.items():
         y = height - .45 - max(high.values())/2 - pitch*(r - top)
         boxes[n] = np.array([middle[c] - wide[n]/2, y - high[n]/2, middle[c] + wide[n]/2, y + high[n]/2])
-    return boxes, (x - gap + .05, height)
+    return boxes, (float(x - gap + .05), float(height))
 
 # %% ../../nbs/vis/02_drawing.ipynb #curve
 def _center(box: np.ndarray) -> np.ndarray: return (box[:2] + box[2:])/2
