@@ -321,7 +321,8 @@ class FocalLoss(SegmentationLoss):
     ) -> Tensor: # One number, `(b,)` with `"none"`, `(b, h, w)` with `"pixel"`
         batch, alpha = self.prepare(y_pred, y_true), self.alpha
         if alpha is not None:
-            if len(alpha) not in (1, batch.classes): raise ValueError(f"alpha has {len(alpha)} numbers, but y_pred has {batch.classes} classes")
+            if len(alpha) not in (1, batch.classes):
+                raise ValueError(f"alpha has {len(alpha)} numbers, but y_pred has {batch.classes} classes")
             alpha = alpha.expand(batch.classes)
         batch = batch._replace(logits=as_logits(batch.logits, self.softmax, self.from_logits, self.eps))
         form = softmax_focal if self.softmax else sigmoid_focal
