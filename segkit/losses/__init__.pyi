@@ -10,3 +10,6 @@ from .distribution import FocalLoss as FocalLoss
 from .distribution import OHEMCrossEntropyLoss as OHEMCrossEntropyLoss
 from .distribution import SoftBCEWithLogitsLoss as SoftBCEWithLogitsLoss
 from .distribution import SoftCrossEntropyLoss as SoftCrossEntropyLoss
+from .multitask import DeepSupervisionLoss as DeepSupervisionLoss
+from .multitask import MultiTaskLoss as MultiTaskLoss
+from .multitask import SumLoss as SumLoss
