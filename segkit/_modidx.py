@@ -954,6 +954,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'segkit/losses/region.py'),
                                       'segkit.losses.region._RegionSums.forward': ( 'losses/region.html#_regionsums.forward',
                                                                                     'segkit/losses/region.py'),
+                                      'segkit.losses.region._add_piece': ('losses/region.html#_add_piece', 'segkit/losses/region.py'),
                                       'segkit.losses.region._class_indices': ( 'losses/region.html#_class_indices',
                                                                                'segkit/losses/region.py'),
                                       'segkit.losses.region._piece': ('losses/region.html#_piece', 'segkit/losses/region.py'),

@@ -151,7 +151,7 @@ def _plain_entries(batch, gamma, threshold, alpha):
         value = value * (alpha * batch.target + (1 - alpha) * (1 - batch.target))
     return value, factor
 
-# %% ../../nbs/losses/02_distribution.ipynb #piece
+# %% ../../nbs/losses/02_distribution.ipynb #flip
 def _flip(x: Tensor, labels: Tensor) -> Tensor:
     "`x` with the entry of the true class negated, in place; done twice it is undone"
     index = labels[:, None]
@@ -163,6 +163,7 @@ def _weigh(x: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
     yes = x.gather(1, index) * alpha[labels][:, None]
     return x.mul_((1 - alpha)[:, None]).scatter_(1, index, yes)
 
+# %% ../../nbs/losses/02_distribution.ipynb #terms
 def _terms(u: Tensor, t: Tensor | None, gamma: float, threshold: float | None, slopes: bool) -> tuple[Tensor, Tensor]:
     "Loss and factor of each entry, or their slopes over `u`; a *no* everywhere if `t` is None"
     if t is None:
@@ -179,6 +180,7 @@ def _terms(u: Tensor, t: Tensor | None, gamma: float, threshold: float | None, s
     if easy is not None: d_factor = d_factor * easy
     return s.mul_(d_factor).addcmul_(factor, d_s), d_factor
 
+# %% ../../nbs/losses/02_distribution.ipynb #piece
 def _focal_piece(logits, target, counted, alpha, where, gamma, threshold, slopes):
     "Loss and factor of one piece `(b, c, n)`, or their slopes over the logits; 0 where not counted"
     images, pixels = where
@@ -218,6 +220,7 @@ class _FocalSums(torch.autograd.Function):
             out[where[0], :, where[1]] = loss.mul_(g_loss).addcmul_(factor, g_factor)
         return out, None, None, None, None, None
 
+# %% ../../nbs/losses/02_distribution.ipynb #focal-sums
 def focal_sums(
     batch: Batch, # Logits, target and counted entries
     gamma: float = 2.0, # Power of the missing certainty
@@ -321,7 +324,8 @@ class FocalLoss(SegmentationLoss):
     ) -> Tensor: # One number, `(b,)` with `"none"`, `(b, h, w)` with `"pixel"`
         batch, alpha = self.prepare(y_pred, y_true), self.alpha
         if alpha is not None:
-            if len(alpha) not in (1, batch.classes): raise ValueError(f"alpha has {len(alpha)} numbers, but y_pred has {batch.classes} classes")
+            if len(alpha) not in (1, batch.classes):
+                raise ValueError(f"alpha has {len(alpha)} numbers, but y_pred has {batch.classes} classes")
             alpha = alpha.expand(batch.classes)
         batch = batch._replace(logits=as_logits(batch.logits, self.softmax, self.from_logits, self.eps))
         form = softmax_focal if self.softmax else sigmoid_focal

@@ -40,39 +40,18 @@ def _piece(logits, target, counted, where, mode, from_logits):
     mask = None if counted is None else counted[images, ..., pixels].reshape(len(p), -1, p.shape[2])
     return p if mask is None else p * mask, target[images, ..., pixels], mask
 
-# %% ../../nbs/losses/01_region.ipynb #sums
-class _RegionSums(torch.autograd.Function):
-    "I, P and T of each image and class `(3, b, c)`; the gradient in closed form, no tensor of full size but the result"
-    @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, counted: Tensor | None, mode: str, from_logits: bool) -> Tensor:
-        ctx.save_for_backward(logits, target, counted)
-        ctx.mode, ctx.from_logits = mode, from_logits
-        sums = torch.zeros(3, *logits.shape[:2], dtype=wide_dtype(logits), device=logits.device)
-        for where in pieces(logits):
-            p, t, mask = _piece(logits, target, counted, where, mode, from_logits)
-            overlap, predicted, actual = sums[:, where[0]]
-            predicted += p.sum(2)
-            if t.ndim == 2:  # labels
-                ones = torch.ones_like(t, dtype=sums.dtype) if mask is None else mask[:, 0].to(sums.dtype)
-                overlap.scatter_add_(1, t, p.gather(1, t[:, None])[:, 0].to(sums.dtype))
-                actual.scatter_add_(1, t, ones)
-            else:
-                overlap += torch.minimum(p, t).sum(2)
-                actual += t.sum(2)
-        return sums
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        logits, target, counted = ctx.saved_tensors
-        grad = grad.to(compute_dtype(logits))
-        if torch.is_grad_enabled():  # create_graph=True: second derivatives are wanted
-            sums = plain_sums(Batch(logits, target, counted), ctx.mode, ctx.from_logits)
-            return *torch.autograd.grad(sums, logits, grad, create_graph=True), None, None, None, None
-        out = torch.empty_like(logits)
-        for where in pieces(logits):
-            p, t, mask = _piece(logits, target, counted, where, ctx.mode, ctx.from_logits)
-            out[where[0], :, where[1]] = _piece_gradient(p, t, mask, grad[:, where[0]], ctx.mode, ctx.from_logits)
-        return out, None, None, None, None
+# %% ../../nbs/losses/01_region.ipynb #add-piece
+def _add_piece(sums, p, t, mask):
+    "Add the sums of one piece to `sums` `(3, b, c)`, in place"
+    overlap, predicted, actual = sums
+    predicted += p.sum(2)
+    if t.ndim == 2:  # labels
+        ones = torch.ones_like(t, dtype=sums.dtype) if mask is None else mask[:, 0].to(sums.dtype)
+        overlap.scatter_add_(1, t, p.gather(1, t[:, None])[:, 0].to(sums.dtype))
+        actual.scatter_add_(1, t, ones)
+    else:
+        overlap += torch.minimum(p, t).sum(2)
+        actual += t.sum(2)
 
 # %% ../../nbs/losses/01_region.ipynb #piece-gradient
 def _piece_gradient(p, t, mask, grad, mode, from_logits):
@@ -87,6 +66,31 @@ def _piece_gradient(p, t, mask, grad, mode, from_logits):
     d *= p
     if mode == MULTICLASS_MODE: return d.addcmul_(p, d.sum(1, keepdim=True), value=-1)
     return d.mul_(1 - p)
+
+# %% ../../nbs/losses/01_region.ipynb #sums
+class _RegionSums(torch.autograd.Function):
+    "I, P and T of each image and class `(3, b, c)`; the gradient in closed form, no tensor of full size but the result"
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, counted: Tensor | None, mode: str, from_logits: bool) -> Tensor:
+        ctx.save_for_backward(logits, target, counted)
+        ctx.mode, ctx.from_logits = mode, from_logits
+        sums = torch.zeros(3, *logits.shape[:2], dtype=wide_dtype(logits), device=logits.device)
+        for where in pieces(logits):
+            _add_piece(sums[:, where[0]], *_piece(logits, target, counted, where, mode, from_logits))
+        return sums
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        logits, target, counted = ctx.saved_tensors
+        grad = grad.to(compute_dtype(logits))
+        if torch.is_grad_enabled():  # create_graph=True: second derivatives are wanted
+            sums = plain_sums(Batch(logits, target, counted), ctx.mode, ctx.from_logits)
+            return *torch.autograd.grad(sums, logits, grad, create_graph=True), None, None, None, None
+        out = torch.empty_like(logits)
+        for where in pieces(logits):
+            p, t, mask = _piece(logits, target, counted, where, ctx.mode, ctx.from_logits)
+            out[where[0], :, where[1]] = _piece_gradient(p, t, mask, grad[:, where[0]], ctx.mode, ctx.from_logits)
+        return out, None, None, None, None
 
 # %% ../../nbs/losses/01_region.ipynb #region-sums
 def region_sums(
