@@ -1,3 +1,7 @@
+from .costs import Cost as Cost
+from .costs import cost as cost
+from .drawing import draw as draw
+from .drawing import figure as figure
 from .pictures import STYLE as STYLE
 from .pictures import colorize as colorize
 from .pictures import components as components
@@ -8,3 +12,6 @@ from .pictures import photograph as photograph
 from .pictures import show as show
 from .pictures import strip as strip
 from .pictures import table as table
+from .wiring import Trace as Trace
+from .wiring import shapes as shapes
+from .wiring import trace as trace
