@@ -33,8 +33,9 @@ def get_stats(
     if mode == "multiclass":
         m = count_pairs(_rows(output, 1), _rows(target, 1), num_classes, ignore_index)
         tp = m.diagonal(dim1=1, dim2=2)
-        fp, fn = m.sum(1) - tp, m.sum(2) - tp
-        return tp, fp, fn, m.sum((1, 2))[:, None] - tp - fp - fn
+        there = m.sum(2)
+        fp, fn = m.sum(1) - tp, there - tp
+        return tp, fp, fn, there.sum(1, keepdim=True) - tp - fp - fn
     n, c = target.shape[:2]
     if threshold is not None: output, target = _apply_threshold(output, target, threshold, ignore_index)
     m = count_pairs(_rows(output, 2), _rows(target, 2), 2, ignore_index).view(n, c, 2, 2)
