@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import shims  # first: it filters the warnings of fastai's import
+from . import shims  # noqa: F401  first: it filters the warnings of fastai's import
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import TrackerCallback

@@ -8,11 +8,10 @@ __all__ = ['MASK_SCORES', 'OutputView', 'plain', 'flatten', 'OnOutput', 'mask_me
 
 # %% ../../nbs/learner/01_metrics.ipynb #imports
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
-from . import shims  # first: it filters the warnings of fastai's import
+from . import shims  # noqa: F401  first: it filters the warnings of fastai's import
 from fastai.learner import Learner, Metric, mk_metric
 from fastai.metrics import AccumMetric, accuracy
 from fastai.torch_core import find_bs

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 
-from . import shims  # first: it filters the warnings of fastai's import
+from . import shims  # noqa: F401  first: it filters the warnings of fastai's import
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_core import to_device
 
