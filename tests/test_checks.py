@@ -94,6 +94,8 @@ def test_structure(project):
         assert any((told in line) or (rest and f"warning: {head}{rest}" in line) for line in lines), (name, lines)
     project.write("core/18_long", FAULTS["core/18_long"][0])
     assert project.tool("check_nbs.py", "nbs/core/18_long.ipynb")[0] == 0  # a warning does not fail
+    assert project.tool("check_nbs.py", "--split", "nbs/core/08_heading.ipynb")[0] == 0
+    assert '"why-head"' in (project.root/"nbs/core/08_heading.ipynb").read_text()
 
 def test_fresh(project):
     module = project.root/"segkit/core/add.py"

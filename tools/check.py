@@ -14,7 +14,7 @@ CHECKS = {
     "notebooks": ("structure of the notebooks", [PYTHON, "tools/check_nbs.py"]),
     "fresh": ("modules are what the notebooks export, notebooks are clean", [PYTHON, "tools/check_fresh.py"]),
     "readme": ("README.md is what nbs/index.ipynb says", [PYTHON, "tools/docs.py", "readme", "--check"]),
-    "lint": ("ruff", [PYTHON, "-m", "ruff", "check", "nbs", "tests", "tools", "docs", "setup.py"]),
+    "lint": ("ruff", [PYTHON, "-m", "ruff", "check", "--output-format", "concise", "nbs", "tests", "tools", "docs", "setup.py"]),
     "docs": ("the site builds without warnings", [PYTHON, "tools/docs.py", "site"]),
     "run": ("every notebook runs", ["nbdev-test", "--n-workers", "2", "--timing"]),
     "tests": ("pytest", [PYTHON, "-m", "pytest"]),  # last: its closing line ends a run that passes
@@ -29,6 +29,7 @@ def main(names):
     if "--help" in names: return print(__doc__)
     if unknown := [n for n in names if n not in CHECKS]: raise SystemExit(f"no check {', '.join(unknown)}\n\n{__doc__}")
     env = os.environ | {"PATH": f"{Path(PYTHON).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two workers with two threads each on two cores: waiting threads must not spin
     before, failed = tree(), []
     for name in names or CHECKS:
         what, command = CHECKS[name]

@@ -1,6 +1,13 @@
+from . import blocks as blocks
 from . import brain as brain
 from . import cache as cache
+from . import shapes as shapes
+from . import weights as weights
+from .blocks import SegmentationBlocks as SegmentationBlocks
 from .brain import brain_card as brain_card
 from .brain import brain_dataloaders as brain_dataloaders
 from .brain import brain_slices as brain_slices
 from .brain import intensity_lookup as intensity_lookup
+from .brain import lookup_masks as lookup_masks
+from .shapes import shapes_dataloaders as shapes_dataloaders
+from .weights import lite0_weights as lite0_weights

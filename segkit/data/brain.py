@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODES', 'LEVELS', 'HEIGHTS', 'SIZES', 'NOTICE', 'RECIPE', 'read_volumes', 'axial', 'block_mean', 'tissue_slice',
-           'level_of', 'split_of', 'degrade', 'write_slices', 'brain_slices', 'brain_dataloaders', 'brain_card',
-           'intensity_lookup']
+           'level_of', 'split_of', 'degrade', 'write_slices', 'brain_slices', 'height_of', 'mask_file', 'level_of_file',
+           'is_valid', 'brain_dataloaders', 'intensity_lookup', 'lookup_masks', 'brain_card']
 
 # %% ../../nbs/data/03_brain.ipynb #imports
 from collections.abc import Iterable
@@ -16,21 +16,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.block import CategoryBlock, DataBlock
+from .blocks import SegmentationBlocks  # before fastai: it filters the warnings of its import
+
+from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import ColReader, ColSplitter
-from fastai.vision.core import PILImage, PILImageBW
-from fastai.vision.data import ImageBlock, MaskBlock
+from fastai.data.transforms import FuncSplitter
 from PIL import Image
 from torch import Tensor
 
 from .cache import build_once, cache_folder
-
-# %% ../../nbs/data/03_brain.ipynb #constants
-CODES = ("background", "csf", "grey", "white")
-LEVELS = ("cerebellum", "basal ganglia", "upper")
-HEIGHTS = range(-62, 77)
-SIZES = (48, 64, 96, 192)
 
 # %% ../../nbs/data/03_brain.ipynb #read
 def read_volumes() -> tuple[np.ndarray, np.ndarray, np.ndarray]: # T1, grey and white matter, each 197 x 233 x 189, from 0 to 1
@@ -41,6 +35,12 @@ def read_volumes() -> tuple[np.ndarray, np.ndarray, np.ndarray]: # T1, grey and 
                           "pip install 'segkit[examples]'") from e
     loaders = (datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template)
     return tuple(np.asarray(load(resolution=1).dataobj) for load in loaders)
+
+# %% ../../nbs/data/03_brain.ipynb #constants
+CODES = ("background", "csf", "grey", "white")
+LEVELS = ("cerebellum", "basal ganglia", "upper")
+HEIGHTS = range(-62, 77)
+SIZES = (48, 64, 96, 192)
 
 # %% ../../nbs/data/03_brain.ipynb #cut
 def axial(
@@ -100,6 +100,16 @@ def degrade(
     gamma, gain = np.exp(rng.uniform(-.4, .4)), rng.uniform(.75, 1)
     return np.clip(gain*field*picture**gamma + rng.normal(0, .03, picture.shape), 0, 1)
 
+# %% ../../nbs/data/03_brain.ipynb #notice
+NOTICE = """\
+Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University.
+Permission to use, copy, modify, and distribute this software and its documentation for any purpose and without fee is hereby
+granted, provided that the above copyright notice appear in all copies. The authors and McGill University make no
+representations about the suitability of this software for any purpose. It is provided "as is" without express or implied
+warranty. The authors are not responsible for any data loss, equipment damage, property loss, or injury to subjects or
+patients resulting from the use or misuse of this software package.
+"""
+
 # %% ../../nbs/data/03_brain.ipynb #build
 def write_slices(
     folder: Path, # An empty folder
@@ -119,16 +129,6 @@ def write_slices(
             rows.append((f"images/z{z:+03}_{v}.png", f"masks/z{z:+03}.png", level_of(z), z, valid))
     pd.DataFrame(rows, columns=["image", "mask", "level", "z", "is_valid"]).to_csv(folder/"slices.csv", index=False)
     (folder/"NOTICE.txt").write_text(NOTICE)
-
-# %% ../../nbs/data/03_brain.ipynb #notice
-NOTICE = """\
-Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University.
-Permission to use, copy, modify, and distribute this software and its documentation for any purpose and without fee is hereby
-granted, provided that the above copyright notice appear in all copies. The authors and McGill University make no
-representations about the suitability of this software for any purpose. It is provided "as is" without express or implied
-warranty. The authors are not responsible for any data loss, equipment damage, property loss, or injury to subjects or
-patients resulting from the use or misuse of this software package.
-"""
 
 # %% ../../nbs/data/03_brain.ipynb #slices
 RECIPE = 1  # part of the folder's name: count up when the files that `write_slices` makes change
@@ -150,6 +150,23 @@ def brain_slices(
     for column in ("image", "mask"): table[column] = [str(where/path) for path in table[column]]
     return table
 
+# %% ../../nbs/data/03_brain.ipynb #of-file
+def height_of(
+    file: str | Path, # File of a picture, such as `images/z+10_0.png`
+) -> int: # Height in millimetres
+    "The height that is part of a file's name"
+    return int(Path(file).stem[1:4])
+
+def mask_file(
+    file: str | Path, # File of a picture
+) -> Path: # File of its mask
+    "Where the mask of a picture is"
+    return Path(file).parent.parent/f"masks/z{height_of(file):+03}.png"
+
+def level_of_file(file): return level_of(height_of(file))
+
+def is_valid(file): return split_of(height_of(file)) == "valid"
+
 # %% ../../nbs/data/03_brain.ipynb #loaders
 def brain_dataloaders(
     bs: int = 8, # Batch size
@@ -166,37 +183,11 @@ def brain_dataloaders(
 ) -> DataLoaders: # Batches `(image, mask, level)`, or `(image, mask)` without labels
     "Training and validation slices, ready for a `Learner`"
     if in_channels not in (1, 3): raise ValueError(f"in_channels={in_channels!r}: expected 1 or 3")
-    blocks = [ImageBlock(PILImageBW if in_channels == 1 else PILImage), MaskBlock(CODES)]
-    targets = [ColReader("mask")]
-    if labels:
-        blocks.append(CategoryBlock(LEVELS, sort=False))
-        targets.append(ColReader("level"))
-    block = DataBlock(blocks, n_inp=1, get_x=ColReader("image"), get_y=targets, splitter=ColSplitter(),
+    block = DataBlock(SegmentationBlocks(CODES, LEVELS if labels else None, in_channels=in_channels), n_inp=1,
+                      get_y=[mask_file, level_of_file][:1 + labels], splitter=FuncSplitter(is_valid),
                       item_tfms=item_tfms, batch_tfms=batch_tfms)
-    return block.dataloaders(brain_slices(size, degraded, variants, folder), bs=bs, num_workers=num_workers, **kwargs)
-
-# %% ../../nbs/data/03_brain.ipynb #card
-def brain_card() -> str: # A few paragraphs of plain text
-    "What the brain slices are, what they can and cannot show, and the licence notice"
-    count = {s: sum(split_of(z) == s for z in HEIGHTS) for s in ("train", "valid", "gap")}
-    return f"""\
-Brain slices
-============
-What      Axial slices of the MNI ICBM152 template (2009a, symmetric, 1 mm), z = {HEIGHTS[0]} to {HEIGHTS[-1]} mm, read from the
-          files in the package nilearn. Each has a mask ({", ".join(CODES)}) and a label
-          ({", ".join(LEVELS)}).
-Made of   An average of 152 brains with averaged tissue maps: derived from real MRI, but not one person's scan, and
-          the masks are the most likely tissue, not manual labels.
-Split     Blocks of 12 slices, each fourth for validation, 3 slices on either side dropped:
-          {count["train"]} slices to train on, {count["valid"]} to validate, {count["gap"]} dropped.
-Degraded  By default the pictures are spoilt with a fixed seed for each slice: bias field, contrast, gain, noise.
-          That is a synthetic corruption of a real picture.
-Can show  That a pipeline learns both targets, and interpolates anatomy between heights it has seen.
-Cannot    Other people, other scanners, disease, or accuracy of any clinical meaning. The volume is exactly left-right
-          symmetric: mirroring adds nothing. The label is easy.
-Licence   nilearn states none for the template; this notice circulates with it:
-
-{NOTICE}"""
+    files = [Path(file) for file in brain_slices(size, degraded, variants, folder).image]
+    return block.dataloaders(files, bs=bs, num_workers=num_workers, **kwargs)
 
 # %% ../../nbs/data/03_brain.ipynb #lookup
 def intensity_lookup(
@@ -211,3 +202,36 @@ def intensity_lookup(
     seen = np.flatnonzero(counts.sum(1))
     nearest = seen[np.abs(np.arange(256)[:, None] - seen).argmin(1)]  # an intensity never seen asks its neighbour
     return torch.from_numpy(counts.argmax(1)[nearest])
+
+# %% ../../nbs/data/03_brain.ipynb #lookup-masks
+def lookup_masks(
+    dls: DataLoaders, # Loaders of `brain_dataloaders`
+) -> tuple[Tensor, Tensor]: # Masks by the lookup and true masks `(n, h, w)` of all validation slices
+    "What the best lookup from intensity to class answers on the validation slices"
+    lookup = intensity_lookup(dls.train_ds)
+    pictures, masks = (torch.stack([torch.from_numpy(np.array(item[i])) for item in dls.valid_ds]) for i in (0, 1))
+    if pictures.dim() == 4: pictures = pictures[..., 0]
+    return lookup[pictures.long()], masks.long()
+
+# %% ../../nbs/data/03_brain.ipynb #card
+def brain_card() -> str: # A few paragraphs of plain text
+    "What the brain slices are, what they can and cannot show, and the licence notice"
+    count = {s: sum(split_of(z) == s for z in HEIGHTS) for s in ("train", "valid", "gap")}
+    return f"""\
+Brain slices
+============
+What      Axial slices of the MNI ICBM152 template (2009a, symmetric, 1 mm), z = {HEIGHTS[0]} to {HEIGHTS[-1]} mm, read from the
+          files in the package nilearn. Each has a mask ({", ".join(CODES)}) and a label
+          ({", ".join(LEVELS)}).
+Made of   An average of 152 brains with averaged tissue maps: derived from real MRI, but not one person's scan; and
+          the masks are the most likely tissue, not manual labels.
+Split     Blocks of 12 slices, each fourth for validation, 3 slices on either side dropped:
+          {count["train"]} slices to train on, {count["valid"]} to validate, {count["gap"]} dropped.
+Degraded  By default the pictures are spoilt with a fixed seed for each slice: bias field, contrast, gain, noise.
+          That is a synthetic corruption of a real picture.
+Can show  That a pipeline learns both targets, and interpolates anatomy between heights it has seen.
+Cannot    Other people, other scanners, disease, or accuracy of any clinical meaning. The volume is exactly left-right
+          symmetric: mirroring adds nothing. The label is easy.
+Licence   nilearn states none for the template; this notice circulates with it:
+
+{NOTICE}"""

@@ -24,15 +24,16 @@ class UnetDecoderBlock(nn.Module):
     "Enlarge, concatenate with the skip, convolve twice [(Ronneberger et al., 2015)](https://arxiv.org/abs/1505.04597)"
     def __init__(self,
         in_channels: int, # Channels of the map from below
-        skip_channels: int, # Channels of the encoder's map; 0 where there is none
+        skip_channels: int | None, # Channels of the encoder's map, 0 for a level that it does not have; None for a block without skip
         out_channels: int, # Channels of the result
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
         attention_type: str | None = None, # None or "scse"
         interpolation_mode: str = "nearest", # Mode of `F.interpolate`
     ):
         super().__init__()
-        self.conv1 = Conv2dReLU(in_channels + skip_channels, out_channels, 3, padding=1, use_norm=use_norm)
-        self.attention1 = Attention(attention_type if skip_channels else None, in_channels=in_channels + skip_channels)
+        channels = in_channels + (skip_channels or 0)
+        self.conv1 = Conv2dReLU(channels, out_channels, 3, padding=1, use_norm=use_norm)
+        self.attention1 = Attention(None if skip_channels is None else attention_type, in_channels=channels)
         self.conv2 = Conv2dReLU(out_channels, out_channels, 3, padding=1, use_norm=use_norm)
         self.attention2 = Attention(attention_type, in_channels=out_channels)
         self.interpolation_mode = interpolation_mode
@@ -43,7 +44,7 @@ class UnetDecoderBlock(nn.Module):
         skip: Tensor | None = None, # Encoder's map `(b, skip_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
         x = resize(x, size, self.interpolation_mode)
-        if skip is not None and skip.shape[1]: x = self.attention1(torch.cat([x, skip], dim=1))
+        if skip is not None: x = self.attention1(torch.cat([x, skip], dim=1))
         return self.attention2(self.conv2(self.conv1(x)))
 
 # %% ../../nbs/decoders/00_unet.ipynb #decoder
@@ -65,7 +66,7 @@ class UnetDecoder(nn.Module):
         widths = [deepest, *decoder_channels]
         self.center = nn.Sequential(*(Conv2dReLU(deepest, deepest, 3, padding=1, use_norm=use_norm) for _ in range(2))) if add_center_block else nn.Identity()
         self.blocks = nn.ModuleList(UnetDecoderBlock(i, s, o, use_norm, attention_type, interpolation_mode)
-                                    for i, s, o in zip(widths, [*skips, 0], widths[1:]))
+                                    for i, s, o in zip(widths, [*skips, None], widths[1:]))
         self.out_channels = widths[-1]
 
     def forward(self,
@@ -93,6 +94,7 @@ class Unet(SegmentationModel):
     "[U-Net](https://arxiv.org/abs/1505.04597) (Ronneberger et al., 2015) with any encoder"
     requires_divisible_input_shape = False
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
+    unused_tensors = ("decoder.blocks.*.attention1.*",)  # SMP stores these for blocks without a skip, too
 
     def __init__(self,
         encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
@@ -113,7 +115,7 @@ class Unet(SegmentationModel):
         self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
         channels = self.encoder.out_channels
         self.decoder = UnetDecoder(channels, decoder_channels, decoder_use_norm, decoder_attention_type, decoder_interpolation,
-                                   add_center_block=channels[0] != in_channels)
+                                   add_center_block=self.encoder.has_center)
         self.segmentation_head = SegmentationHead(self.decoder.out_channels, classes, activation=activation)
         self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
         self.name = f"u-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"

@@ -24,6 +24,7 @@ class EncoderMixin:
     _depth: int = 5
     _in_channels: int = 3
     _output_stride: int = 32
+    has_center: bool = False  # U-Nets put two more convolutions after the deepest map (VGG, whose last stage only pools)
 
     @property
     def out_channels(self) -> list[int]: # Channels of each map, finest first; 0 for a level that does not exist
@@ -52,8 +53,8 @@ class EncoderMixin:
         if self._out_channels[0] == self._in_channels: self._out_channels = [in_channels, *self._out_channels[1:]]
         self._in_channels = in_channels
 
-    @property
-    def stages(self) -> dict[int, list[str]]: # Stage, 1 the finest -> names of its parameters; measured by `parameter_stages`
+    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, 1 the finest -> names of its parameters
+        "What belongs to each stage, as `parameter_stages` measures it"
         table: dict[int, list[str]] = {}
         for name, stage in parameter_stages(self).items(): table.setdefault(max(1, stage), []).append(name)
         return table
@@ -187,7 +188,8 @@ def parameter_stages(
     stages, left = {}, dict(parameters)
     for level, f in enumerate(maps):
         if not (left and f.requires_grad and f.numel()): continue
-        grads = torch.autograd.grad(f.sum(), list(left.values()), retain_graph=True, allow_unused=True)
+        with torch.enable_grad(): total = f.sum()
+        grads = torch.autograd.grad(total, list(left.values()), retain_graph=True, allow_unused=True)
         found = [name for name, grad in zip(left, grads) if grad is not None]
         stages |= dict.fromkeys(found, level)
         for name in found: del left[name]
@@ -228,7 +230,10 @@ def _build(name, in_channels, depth, weights, output_stride, channel_strategy, k
     signature = inspect.signature(cls).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in signature.values()): check_keywords(f"encoder {name!r}", params, signature)
     accepts_depth = "depth" in signature or any(p.kind is p.VAR_KEYWORD for p in signature.values())
-    encoder = cls(**params, **({"depth": depth} if accepts_depth else {}))
+    try: encoder = cls(**params, **({"depth": depth} if accepts_depth else {}))
+    except TypeError as error:
+        unexpected = next((k for k in kwargs if f"unexpected keyword argument '{k}'" in str(error)), None)
+        raise (TypeError(f"encoder {name!r} has no argument {unexpected!r}") if unexpected else error) from None
     if isinstance(encoder, EncoderMixin): encoder._depth = depth
     loaded = load_weights(encoder, weights, settings, name)
     if isinstance(encoder, EncoderMixin): encoder.set_in_channels(in_channels, pretrained=loaded, strategy=channel_strategy)

@@ -71,7 +71,7 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
         try: self.model = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels, out_indices=tuple(plan.values()), **kwargs)
         except TypeError as error: raise _refused(name, output_stride, error) from None
         self.name, self._levels, self._channels_last = name, tuple(plan), order == "NHWC"
-        self._in_channels, self._depth, self._output_stride = in_channels, depth, output_stride
+        self._in_channels, self._depth, self._output_stride, self._made_with = in_channels, depth, output_stride, kwargs
         self._out_channels = [channels[plan[level]] if level in plan else in_channels*(level == 0) for level in range(depth + 1)]
         if depth < 5: prune_unused(self)
 
@@ -83,6 +83,12 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
         b, _, h, w = x.shape
         return [x if level == 0 and 0 not in maps else maps[level] if level in maps else x.new_empty(b, 0, -(-h//2**level), -(-w//2**level))
                 for level in range(self._depth + 1)]
+
+    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
+        "Tensors of the whole model, of which this one builds a part"
+        import timm
+        with torch.device("meta"): whole = timm.create_model(self.name, pretrained=False, features_only=True, **self._made_with)
+        return {f"model.{k}": tuple(t.shape) for k, t in whole.state_dict().items()}
 
 # %% ../../nbs/encoders/02_universal.ipynb #encoder-errors
 def _check_plan(name, strides, plan, depth):
