@@ -1,2 +1,10 @@
+from .deeplabv3 import DeepLabV3 as DeepLabV3
+from .deeplabv3plus import DeepLabV3Plus as DeepLabV3Plus
+from .fpn import FPN as FPN
+from .linknet import Linknet as Linknet
+from .manet import MAnet as MAnet
+from .pan import PAN as PAN
+from .pspnet import PSPNet as PSPNet
 from .unet import Unet as Unet
-from .unet import UnetDecoder as UnetDecoder
+from .unetplusplus import UnetPlusPlus as UnetPlusPlus
+from .upernet import UPerNet as UPerNet
