@@ -9,6 +9,7 @@ from . import metrics as metrics
 from . import vis as vis
 from .core.create import MODEL_ARCHITECTURES_MAPPING as MODEL_ARCHITECTURES_MAPPING
 from .core.create import create_model as create_model
+from .core.hub import from_pretrained as from_pretrained
 from .core.model import SegmentationModel as SegmentationModel
 from .decoders.deeplabv3 import DeepLabV3 as DeepLabV3
 from .decoders.deeplabv3plus import DeepLabV3Plus as DeepLabV3Plus

@@ -122,6 +122,11 @@ def test_exact_past_float32():
     big = torch.zeros(1, 4200, 4200, dtype=torch.uint8)
     assert get_stats(big, big, "multiclass", num_classes=2)[0].tolist() == [[4200*4200, 0]]
 
+def test_no_images():
+    for shape, kwargs in (((0, 4, 4), dict(mode="multiclass", num_classes=3)), ((0, 3, 4, 4), dict(mode="multilabel")), ((2, 0), dict(mode="multiclass", num_classes=3))):
+        x = torch.zeros(shape, dtype=torch.long)
+        for t in get_stats(x, x, **kwargs): assert t.shape == (shape[0], 3) and t.dtype == torch.int64 and t.sum() == 0
+
 def test_dtypes_and_shapes():
     output, target = masks(3)
     want = get_stats(output, target, "multiclass", num_classes=3)

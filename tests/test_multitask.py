@@ -80,6 +80,17 @@ def test_activation_follows_the_loss(loss, mode):
     assert_close(got, x.softmax(1) if mode == "multiclass" else x.sigmoid())
     assert_close(MultiTaskLoss(lambda p, t: p.mean(), mask_mode=mode).activation(x), got)
 
+class SoftBCEWithLogitsLoss(nn.Module):
+    "As in `segkit.losses`: any number of channels, but one `mode`"
+    mode = "multilabel"
+    def forward(self, pred, target): return F.binary_cross_entropy_with_logits(pred, target)
+
+def test_binary_cross_entropy_stands_beside_a_binary_dice():
+    loss = MultiTaskLoss(SumLoss(bce=SoftBCEWithLogitsLoss(), dice=smp.losses.DiceLoss("binary")))
+    pred, mask = torch.randn(2, 1, 4, 4), torch.randint(2, (2, 4, 4))
+    assert_close(loss(pred, mask), F.binary_cross_entropy_with_logits(pred[:, 0], mask.float()) + smp.losses.DiceLoss("binary")(pred, mask))
+    assert loss.decodes(loss.activation(pred)).shape == mask.shape
+
 def test_probabilities_are_left_alone():
     x = torch.rand(2, 1, 4, 4)
     assert torch.equal(MultiTaskLoss(smp.losses.DiceLoss("binary", from_logits=False)).activation(x), x)

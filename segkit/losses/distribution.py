@@ -13,7 +13,6 @@ from typing import Literal, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..core.registry import check_choice
 from .base import (BINARY_MODE, MULTICLASS_MODE, MULTILABEL_MODE, PIXEL_REDUCTIONS, Batch, SegmentationLoss,
@@ -152,7 +151,7 @@ def _plain_entries(batch, gamma, threshold, alpha):
         value = value * (alpha * batch.target + (1 - alpha) * (1 - batch.target))
     return value, factor
 
-# %% ../../nbs/losses/02_distribution.ipynb #piece
+# %% ../../nbs/losses/02_distribution.ipynb #flip
 def _flip(x: Tensor, labels: Tensor) -> Tensor:
     "`x` with the entry of the true class negated, in place; done twice it is undone"
     index = labels[:, None]
@@ -164,6 +163,7 @@ def _weigh(x: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
     yes = x.gather(1, index) * alpha[labels][:, None]
     return x.mul_((1 - alpha)[:, None]).scatter_(1, index, yes)
 
+# %% ../../nbs/losses/02_distribution.ipynb #terms
 def _terms(u: Tensor, t: Tensor | None, gamma: float, threshold: float | None, slopes: bool) -> tuple[Tensor, Tensor]:
     "Loss and factor of each entry, or their slopes over `u`; a *no* everywhere if `t` is None"
     if t is None:
@@ -180,6 +180,7 @@ def _terms(u: Tensor, t: Tensor | None, gamma: float, threshold: float | None, s
     if easy is not None: d_factor = d_factor * easy
     return s.mul_(d_factor).addcmul_(factor, d_s), d_factor
 
+# %% ../../nbs/losses/02_distribution.ipynb #piece
 def _focal_piece(logits, target, counted, alpha, where, gamma, threshold, slopes):
     "Loss and factor of one piece `(b, c, n)`, or their slopes over the logits; 0 where not counted"
     images, pixels = where
@@ -206,23 +207,27 @@ class _FocalSums(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
-        saved = ctx.saved_tensors
-        out, grad = torch.empty_like(saved[0]), grad.to(compute_dtype(saved[0]))[..., None]
+        saved, grad = ctx.saved_tensors, grad.to(compute_dtype(ctx.saved_tensors[0]))
+        if torch.is_grad_enabled():  # create_graph=True: second derivatives are wanted
+            logits, target, counted, alpha = saved
+            sums = torch.stack([x.sum(2) for x in _plain_entries(Batch(logits, target, counted), *ctx.power, alpha)])
+            return *torch.autograd.grad(sums, logits, grad, create_graph=True), None, None, None, None, None
+        out, grad = torch.empty_like(saved[0]), grad[..., None]
         for where in pieces(out):
             loss, factor = _focal_piece(*saved, where, *ctx.power, slopes=True)
             g_loss, g_factor = grad[:, where[0]]
             out[where[0], :, where[1]] = loss.mul_(g_loss).addcmul_(factor, g_factor)
         return out, None, None, None, None, None
 
+# %% ../../nbs/losses/02_distribution.ipynb #focal-sums
 def focal_sums(
     batch: Batch, # Logits, target and counted entries
     gamma: float = 2.0, # Power of the missing certainty
     reduced_threshold: float | None = None, # Entries with less probability keep a factor of 1
     alpha: Tensor | None = None, # Weight of a *yes* for each class `(c,)`; a *no* weighs one minus it
 ) -> Tensor: # Sum of losses and sum of factors of each image and class `(2, b, c)`, in `wide_dtype`
-    "The sums of the one-vs-rest focal loss, differentiable once with respect to the logits"
+    "The sums of the one-vs-rest focal loss, without a tensor of full size"
     logits, target, counted = batch
     flat = (t if t is None else t.flatten(1 if batch.has_labels else 2) for t in (target, counted))
     alpha = None if alpha is None else alpha.to(compute_dtype(logits)).expand(batch.classes)
@@ -319,7 +324,8 @@ class FocalLoss(SegmentationLoss):
     ) -> Tensor: # One number, `(b,)` with `"none"`, `(b, h, w)` with `"pixel"`
         batch, alpha = self.prepare(y_pred, y_true), self.alpha
         if alpha is not None:
-            if len(alpha) not in (1, batch.classes): raise ValueError(f"alpha has {len(alpha)} numbers, but y_pred has {batch.classes} classes")
+            if len(alpha) not in (1, batch.classes):
+                raise ValueError(f"alpha has {len(alpha)} numbers, but y_pred has {batch.classes} classes")
             alpha = alpha.expand(batch.classes)
         batch = batch._replace(logits=as_logits(batch.logits, self.softmax, self.from_logits, self.eps))
         form = softmax_focal if self.softmax else sigmoid_focal

@@ -68,8 +68,8 @@ def task_of(
     if isinstance(loss, CompositeLoss): task = loss.task
     else:
         names = [c.__name__ for c in type(loss).__mro__]
-        modes = next((_KNOWN[n] for n in names if n in _KNOWN), ())
-        if (said := getattr(loss, "mode", None)) in MODES: modes = (said,)
+        said = getattr(loss, "mode", None)
+        modes = next((_KNOWN[n] for n in names if n in _KNOWN), (said,) if said in MODES else ())
         task = Task(modes, getattr(loss, "from_logits", not _PROBABILITIES & set(names)))
     if mode is None: return task
     if task.modes and mode not in task.modes: raise ValueError(f"mode {mode!r} was given, but the loss is for {' or '.join(task.modes)}")

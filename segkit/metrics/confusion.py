@@ -50,6 +50,24 @@ def _check_pred(pred, target, num_classes, ignore_index):
         if not 0 <= label < num_classes: raise _strange_label("the prediction", label, num_classes, None)
     return pred
 
+# %% ../../nbs/metrics/00_confusion.ipynb #histograms
+def _at_once(pred, target, c, size, low):
+    "Histogram `(g, size)` of `c*(target - low) + pred` for each row, as one histogram with bins for every row"
+    dtype = torch.int32 if len(target)*size < 2**31 else torch.int64
+    pairs = pred.to(dtype, copy=True).add_(target.to(dtype), alpha=c)
+    pairs += torch.arange(len(target), dtype=dtype, device=target.device)[:, None]*size - low*c
+    return torch.bincount(pairs.flatten(), minlength=len(target)*size).view(-1, size)
+
+def _in_pieces(pred, target, c, size, low, piece=2**15):
+    "The same, row by row and piece by piece"
+    counts = torch.zeros(len(target), size, dtype=torch.int64)
+    dtype = torch.int32 if size < 2**31 else torch.int64
+    for row, *pixels in zip(counts, pred, target, strict=True):
+        for p, t in zip(*(x.split(piece) for x in pixels), strict=True):
+            pairs = p.to(dtype, copy=True).add_(t.to(dtype), alpha=c)
+            row += torch.bincount(pairs.sub_(low*c) if low else pairs, minlength=size)
+    return counts
+
 # %% ../../nbs/metrics/00_confusion.ipynb #count
 def count_pairs(
     pred: Tensor, # Predicted labels `(g, n)`, integers
@@ -57,20 +75,17 @@ def count_pairs(
     num_classes: int, # Number of classes `c`
     ignore_index: int | None = None, # Label of pixels that do not count
 ) -> Tensor: # Counts `(g, c, c)`, int64: group, target, prediction
-    "Confusion matrix of each group, by one histogram of `c*target + pred`"
+    "Confusion matrix of each group, by a histogram of `c*target + pred`"
     g, c, pred, target = len(target), num_classes, _labels(pred, "the prediction"), _labels(target, "the target")
-    if target.numel() == 0: return torch.zeros(g, c, c, dtype=torch.int64, device=target.device)
     void = 0 if check_ignore(ignore_index, c) is None else ignore_index
+    if target.numel() == 0: return torch.zeros(g, c, c, dtype=torch.int64, device=target.device)
     low, high = min(0, void), max(c - 1, void)
     for label in torch.aminmax(target):
         if not low <= label <= high: raise _strange_label("the target", label, c, ignore_index)
     pred = _check_pred(pred, target, c, ignore_index)
-    size = (high - low + 1)*c  # a row for every label from `low` to `high`, void and impossible ones too
-    dtype = torch.int32 if g*size < 2**31 else torch.int64
-    pairs = pred.to(dtype, copy=True).add_(target.to(dtype), alpha=c)
-    pairs += torch.arange(g, dtype=dtype, device=target.device)[:, None]*size - low*c
-    counts = torch.bincount(pairs.flatten(), minlength=g*size).view(g, -1, c)
-    for label in (counts.sum((0, 2)).nonzero().flatten() + low).tolist():
+    count = _in_pieces if target.device.type == "cpu" else _at_once
+    counts = count(pred, target, c, (high - low + 1)*c, low).view(g, -1, c)  # a row for every label, void and impossible ones too
+    for label in [] if ignore_index is None else (counts.sum((0, 2)).nonzero().flatten() + low).tolist():
         if not 0 <= label < c and label != ignore_index: raise _strange_label("the target", label, c, ignore_index)
     return counts[:, -low:c-low]
 
@@ -126,6 +141,14 @@ class Scores:
                 "frequency_weighted_iou": self.iou("weighted").item()}
 
 # %% ../../nbs/metrics/00_confusion.ipynb #decide
+def _largest(logits):
+    "Index of the largest channel, the first among equals"
+    if logits.device.type != "cpu" or logits.dim() < 3 or logits.stride(1) == 1: return logits.argmax(1)
+    top = logits.amax(1)
+    index = torch.zeros(top.shape, dtype=torch.int32)
+    for c in range(logits.shape[1] - 1, -1, -1): index.masked_fill_(logits[:, c] == top, c)
+    return index
+
 def to_labels(
     pred: Tensor, # Logits or probabilities (floating point), or labels (integers)
     mode: Literal["binary", "multiclass", "multilabel"], # Kind of task
@@ -134,8 +157,7 @@ def to_labels(
 ) -> Tensor: # Labels; without the class dimension if multiclass
     "Decide; labels pass unchanged"
     if not pred.is_floating_point(): return pred
-    if mode == "multiclass":  # `argmax` gives the same and is slower along a strided dimension
-        return pred.max(1).indices
+    if mode == "multiclass": return _largest(pred)
     return pred >= (math.log(threshold/(1 - threshold)) if from_logits else threshold)
 
 # %% ../../nbs/metrics/00_confusion.ipynb #align

@@ -9,6 +9,7 @@ __all__ = ['REDUCTIONS', 'recall', 'precision', 'get_stats', 'fbeta_score', 'f1_
            'positive_likelihood_ratio', 'negative_likelihood_ratio']
 
 # %% ../../nbs/metrics/01_scores.ipynb #imports
+import math
 import warnings
 from typing import Callable, Literal, Sequence
 
@@ -29,18 +30,22 @@ def get_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # True positives, false positives, false negatives, true negatives `(n, c)`, int64
     "Count for each image and class"
     output, target = _check_stats(output.detach(), target.detach(), mode, threshold, num_classes)
-    n = len(target)
     if mode == "multiclass":
-        m = count_pairs(output.reshape(n, -1), target.reshape(n, -1), num_classes, ignore_index)
+        m = count_pairs(_rows(output, 1), _rows(target, 1), num_classes, ignore_index)
         tp = m.diagonal(dim1=1, dim2=2)
-        fp, fn = m.sum(1) - tp, m.sum(2) - tp
-        return tp, fp, fn, m.sum((1, 2))[:, None] - tp - fp - fn
-    c = target.shape[1]
+        there = m.sum(2)
+        fp, fn = m.sum(1) - tp, there - tp
+        return tp, fp, fn, there.sum(1, keepdim=True) - tp - fp - fn
+    n, c = target.shape[:2]
     if threshold is not None: output, target = _apply_threshold(output, target, threshold, ignore_index)
-    m = count_pairs(output.reshape(n*c, -1), target.reshape(n*c, -1), 2, ignore_index).view(n, c, 2, 2)
+    m = count_pairs(_rows(output, 2), _rows(target, 2), 2, ignore_index).view(n, c, 2, 2)
     return m[..., 1, 1], m[..., 0, 1], m[..., 1, 0], m[..., 0, 0]
 
 # %% ../../nbs/metrics/01_scores.ipynb #threshold
+def _rows(x, groups):
+    "`x` with its first `groups` dimensions in one, and the others in one; also where there is nothing"
+    return x.reshape(math.prod(x.shape[:groups]), math.prod(x.shape[groups:]))
+
 def _apply_threshold(output, target, threshold, ignore_index):
     "0 and 1 where they were values; ignored pixels keep their label"
     if not isinstance(threshold, (int, float)):

@@ -26,7 +26,7 @@ class _Meter(_Recorder):
     def __init__(self, model: nn.Module, image: Tensor, counter: FlopCounterMode):
         super().__init__(model, image)
         self.counter, self.work = counter, []  # (call, value that was made or None, multiply-adds)
-        self.users = {}  # memory -> (call, value) of the first operation that took it and made a value
+        self.users = {}  # memory of a weight -> (call, value) of the first operation that took it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before, values = self.counter.get_total_flops(), len(self.ops)
@@ -34,19 +34,18 @@ class _Meter(_Recorder):
         flops = self.counter.get_total_flops() - before
         place = self.stack[-1], values if len(self.ops) > values else None
         if flops: self.work.append((*place, flops//2))
-        for m in map(_memory, _tensors((args, kwargs))):
-            if self.users.get(m, (0, None))[1] is None: self.users[m] = place
+        for t in _tensors((args, kwargs)): self.users.setdefault(_memory(t), place)
         return made
 
 # %% ../../nbs/vis/03_costs.ipynb #stages
 def _stages(seen: _Recorder, owner: dict[int, str], levels: list[str]) -> dict[int, str]:
-    "The level that each value inside the encoder leads to first"
+    "The level that each value inside the encoder leads to first; `levels` in the order in which they were made"
     stage = {}
     for level in levels:
         ahead = [v for v, name in owner.items() if name == level]
         while ahead:
             v = ahead.pop()
-            if v in stage or owner.get(v, level) != level: continue
+            if v in stage: continue
             stage[v] = level
             ahead += seen.ops[v].sources
     return stage
@@ -87,8 +86,9 @@ class Cost:
         "Numbers and shares"
         def row(name, p, m):
             return [name, f"{p:,}", f"{p/max(self.parameters, 1):.1%}", f"{m/1e6:,.1f}", f"{m/max(self.multiply_adds, 1):.1%}"]
+        rows = [row(b.name, b.parameters, b.multiply_adds) for b in self.bills.values()]
         return table(["part", "parameters", "share", f"multiply-adds, millions, at {self.size[0]} x {self.size[1]}", "share"],
-                     [*(row(b.name, b.parameters, b.multiply_adds) for b in self.bills.values()), row("**all**", self.parameters, self.multiply_adds)])
+                     [*rows, row("**all**", self.parameters, self.multiply_adds)])
 
     def _repr_markdown_(self) -> str: return self.table().data
 
@@ -105,7 +105,8 @@ def _bars(cost: Cost) -> "Image":
     names = [b.name.removeprefix("decoder.").replace("_head", " head") for b in bills]
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(8.4, .21*len(bills) + .5), sharey=True)
-        for ax, values, title in zip(axes, ([b.parameters for b in bills], [b.multiply_adds for b in bills]), ("parameters", "multiply-adds")):
+        numbers = [b.parameters for b in bills], [b.multiply_adds for b in bills]
+        for ax, values, title in zip(axes, numbers, ("parameters", "multiply-adds"), strict=True):
             total = max(sum(values), 1)
             bars = ax.barh(range(len(bills)), values, color=[_COLORS[b.group] for b in bills], tick_label=names)
             ax.bar_label(bars, [f"{_short(v)} ({v/total:.0%})" if v else "0" for v in values], padding=3, fontsize=8)
@@ -126,7 +127,7 @@ class _Payers:
     "Who pays for what in a run"
     def __init__(self, model: nn.Module, seen: _Meter, parts: Sequence[str] | None, encoder: str):
         self.seen, (self.found, self.owner, calls) = seen, _find(model, seen, parts, encoder)
-        levels = [n for n, p in self.found.items() if p.kind == "level"]
+        levels = [n for _, n in sorted(self.owner.items()) if self.found[n].kind == "level"]  # values are numbered in time
         self.stage, self.encoder = _stages(seen, self.owner, levels), encoder
         self.part_of = {call: n for n, call in calls.items() if self.found[n].kind in ("part", "head")}
         groups = {"level": "encoder", "part": "decoder" if levels else "parts", "head": "heads"}
