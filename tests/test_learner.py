@@ -13,11 +13,12 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, TransformBlock
 from fastai.data.transforms import IndexSplitter, Normalize, get_c
 from fastai.interpret import Interpretation
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
 from fastai.metrics import DiceMulti, F1Score, JaccardCoeffMulti, accuracy, foreground_acc
 from fastai.torch_core import TensorMask
 from fastai.vision.augment import Flip, Resize
@@ -210,9 +211,16 @@ def test_callbacks_of_fastai(learn, name, tmp_path):
     learn.fit(1, cbs=CALLBACKS[name]())
     assert np.isfinite(learn.recorder.values[-1]).all()
 
-def test_mixed_precision(learn):
-    learn.to_bf16().fit(1)
+@pytest.mark.parametrize("precision", ["to_bf16", "to_fp16"])
+def test_mixed_precision(learn, precision):
+    getattr(learn, precision)().fit(1)
     assert np.isfinite(learn.recorder.values[-1]).all()
+
+def test_progress_bars_and_graph(learn):
+    learn.add_cb(ProgressCallback())
+    learn.fit(1, cbs=ShowGraphCallback())
+    assert len(learn.recorder.values) == 1
+    learn.predict_tiled(learn.dls.valid.items[0], tile=16)
 
 # predictions
 
@@ -260,6 +268,12 @@ def test_save_and_load_through_a_compiled_model(alone, tmp_path):
     alone.model = plain
     plain.segmentation_head[0].weight.data.zero_()
     alone.load("compiled")
+    assert torch.equal(plain.segmentation_head[0].weight, before)
+    alone.model = torch.compile(plain, backend="eager")
+    Learner.save(alone, "stock")  # with the compiler's names, as fastai writes them
+    alone.model = plain
+    plain.segmentation_head[0].weight.data.zero_()
+    alone.load("stock")
     assert torch.equal(plain.segmentation_head[0].weight, before)
 
 def test_pictures(learn):
