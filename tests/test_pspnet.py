@@ -12,6 +12,7 @@ norms = ["batchnorm", True, "groupnorm", "layernorm", "instancenorm", "identity"
     {}, {"decoder_use_norm": "identity"}, {"decoder_use_norm": {"type": "instancenorm", "affine": True}},
     {"psp_out_channels": 64, "psp_dropout": .5},
     {"in_channels": 5, "activation": "sigmoid", "aux_params": None}, {"encoder_name": "tu-convnext_atto"}, {"size": (48, 80)},
+    {"encoder_name": "mit_b0"}, {"encoder_name": "tu-vgg11_bn"}, {"encoder_name": "resnet50"},
 ], ids=str)
 def test_same_as_smp(arguments): same_as_smp(PSPNet, **arguments)
 
