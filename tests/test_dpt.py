@@ -25,13 +25,13 @@ def check_parity(size=(224, 224), **options):
 @pytest.mark.parametrize("options", [
     {"aux_params": AUX}, {"decoder_readout": "add"}, {"decoder_readout": "ignore", "activation": "sigmoid"}, {"in_channels": 1},
     {"encoder_output_indices": [0, 3, -2, -1]}, {"size": (160, 96), "dynamic_img_size": True},
-    {"encoder_depth": 2, "decoder_intermediate_channels": (16, 24)}, {"encoder_depth": 5, "decoder_intermediate_channels": (16, 24, 16, 8, 16)},
+    {"encoder_depth": 2, "decoder_intermediate_channels": (16, 24)}, {"encoder_depth": 5, "decoder_intermediate_channels": (16, 24, 16, 8, 16), "size": (128, 64), "dynamic_img_size": True},
 ], ids=str)
 def test_equals_smp_with_each_option(options): check_parity(**options)
 
 
 def test_equals_smp_at_default_widths():
-    assert_same(DPT, "DPT", size=(224, 224), encoder_name=TINY, aux_params=AUX)
+    assert_same(DPT, "DPT", size=(64, 96), encoder_name=TINY, dynamic_img_size=True, aux_params=AUX)
 
 
 @pytest.mark.parametrize("readout", ["cat", "add", "ignore"])

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
@@ -147,7 +146,7 @@ class DPTDecoder(nn.Module):
         maps = [reassemble(project(f, p), s) for project, reassemble, f, p, s in
                 zip(self.projection_blocks, self.reassemble_blocks, features, prefix_tokens, sizes[1:])]
         x = None
-        for fuse, f, s in zip(reversed(self.fusion_blocks), reversed(maps), sizes[-2::-1]): x = fuse(f, x, s)
+        for fuse, f, s in zip(self.fusion_blocks, reversed(maps), sizes[-2::-1]): x = fuse(f, x, s)
         return x
 
 # %% ../../nbs/decoders/11_dpt.ipynb #head

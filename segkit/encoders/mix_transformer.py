@@ -7,8 +7,7 @@ __all__ = ['licence', 'OverlapPatchEmbed', 'EfficientSelfAttention', 'DepthwiseC
            'MixVisionTransformerEncoder']
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #imports
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
