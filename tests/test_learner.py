@@ -1,36 +1,52 @@
 """Masks and labels in one `Learner`: what fastai does with one target must work with two"""
+import os
+import random
+import signal
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
+from fastai.callback.hook import ActivationStats
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import ProgressCallback, ShowGraphCallback
+from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, TransformBlock
+from fastai.data.transforms import IndexSplitter, Normalize, get_c
+from fastai.interpret import Interpretation
+from fastai.learner import Learner, load_learner
+from fastai.metrics import DiceMulti, F1Score, JaccardCoeffMulti, accuracy, foreground_acc
+from fastai.torch_core import TensorMask
+from fastai.vision.augment import Flip, Resize
+from fastai.vision.data import ImageBlock, MaskBlock
 from PIL import Image
+from sklearn.metrics import confusion_matrix, f1_score, jaccard_score
 from torch import nn
 from torch.nn import functional as F
 
-from segkit.learner import shims  # first: it filters the warnings of fastai's import
-from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback
-from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.hook import ActivationStats
-from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.progress import ShowGraphCallback
-from fastai.callback.tracker import EarlyStoppingCallback
-from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, TransformBlock
-
-from fastai.data.transforms import IndexSplitter, Normalize, get_c
-from fastai.interpret import Interpretation
-from fastai.learner import load_learner
-from fastai.metrics import DiceMulti, F1Score, JaccardCoeffMulti, accuracy, foreground_acc
-from fastai.torch_core import TensorMask
-from fastai.vision.augment import Resize
-from fastai.vision.data import ImageBlock, MaskBlock
-from sklearn.metrics import f1_score, jaccard_score
-
+from segkit.core.registry import architectures
 from segkit.decoders import Unet
-from segkit.learner import (MaskScore, SegmentationLearner, Targets, check_items, default_loss, label_metric, mask_metric, read_targets,
-                            segmentation_learner, segmentation_splitter)
-from segkit.losses.multitask import MultiTaskLoss
+from segkit.learner import (
+    EMA,
+    Checkpoint,
+    MaskScore,
+    SegmentationInterpretation,
+    SegmentationLearner,
+    Targets,
+    check_items,
+    default_loss,
+    label_metric,
+    mask_metric,
+    read_targets,
+    segmentation_learner,
+    segmentation_splitter,
+    shims,  # first: it filters the warnings of fastai's import
+)
+from segkit.losses import MultiTaskLoss
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]  # pytest sets all filters anew
@@ -102,6 +118,13 @@ def test_classes_come_from_the_codes_and_labels_from_the_label_block(pair):
 @pytest.mark.parametrize("arch", ["Unet", "unet", Unet])
 def test_architecture_by_name_and_by_class(files, arch):
     assert isinstance(segmentation_learner(loaders(files, None), arch, **SMALL).model, Unet)
+
+def test_architecture_of_segmentation_models_pytorch(files):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    learn = quiet(segmentation_learner(loaders(files), smp.Unet, aux_params={}, **SMALL))
+    learn.freeze()
+    learn.fit(1)
+    assert len(learn.opt.param_lists) == 3 and not any(p.requires_grad for p in learn.model.encoder.parameters())
 
 def test_unknown_architecture_proposes_a_name(files):
     with pytest.raises(ValueError, match="Unet"): segmentation_learner(loaders(files, None), "Unett", **SMALL)
@@ -195,9 +218,16 @@ def test_callbacks_of_fastai(learn, name, tmp_path):
     learn.fit(1, cbs=CALLBACKS[name]())
     assert np.isfinite(learn.recorder.values[-1]).all()
 
-def test_mixed_precision(learn):
-    learn.to_bf16().fit(1)
+@pytest.mark.parametrize("precision", ["to_bf16", "to_fp16"])
+def test_mixed_precision(learn, precision):
+    getattr(learn, precision)().fit(1)
     assert np.isfinite(learn.recorder.values[-1]).all()
+
+def test_progress_bars_and_graph(learn):
+    learn.add_cb(ProgressCallback())
+    learn.fit(1, cbs=ShowGraphCallback())
+    assert len(learn.recorder.values) == 1
+    learn.predict_tiled(learn.dls.valid.items[0], tile=16)
 
 # predictions
 
@@ -245,6 +275,12 @@ def test_save_and_load_through_a_compiled_model(alone, tmp_path):
     alone.model = plain
     plain.segmentation_head[0].weight.data.zero_()
     alone.load("compiled")
+    assert torch.equal(plain.segmentation_head[0].weight, before)
+    alone.model = torch.compile(plain, backend="eager")
+    Learner.save(alone, "stock")  # with the compiler's names, as fastai writes them
+    alone.model = plain
+    plain.segmentation_head[0].weight.data.zero_()
+    alone.load("stock")
     assert torch.equal(plain.segmentation_head[0].weight, before)
 
 def test_pictures(learn):
@@ -417,3 +453,76 @@ def test_splitter_covers_every_parameter_once():
     model = Unet(classes=3, aux_params=dict(classes=2), **SMALL)
     groups = segmentation_splitter(model)
     assert sorted(id(p) for g in groups for p in g) == sorted(id(p) for p in model.parameters()) and len(groups) == 3
+
+# every architecture
+
+@pytest.mark.parametrize("name", sorted(architectures))
+def test_every_architecture_trains_and_predicts_a_pair(files, name):
+    dls = loaders(files, item_tfms=Resize(64))
+    encoder_name = "tu-vit_tiny_patch16_224" if name == "dpt" else "resnet18"  # DPT reads the blocks of a plain transformer
+    learn = quiet(segmentation_learner(dls, name, encoder_name, encoder_weights=None, aux_params={}))
+    assert len(learn.opt.param_lists) == 3
+    learn.freeze()
+    encoder = {k: v.clone() for k, v in learn.model.encoder.state_dict().items()}
+    learn.fit(1)
+    assert all(torch.equal(v, encoder[k]) for k, v in learn.model.encoder.state_dict().items())
+    mask, label = learn.predict(files[0])[2]
+    assert mask.shape == (3, 64, 64) and label.shape == (2,)
+
+# interpretation
+
+def test_interpretation_counts_what_scikit_learn_counts(learn):
+    interp = SegmentationInterpretation.from_learner(learn)
+    probs, true = predictions(learn)
+    pred = probs.argmax(1)
+    assert np.array_equal(interp.confusion_matrix(), confusion_matrix(true.flatten(), pred.flatten(), labels=range(3)))
+    table = interp.per_class_iou()
+    assert list(table.index) == [*CODES, "mean"] and table.loc["mean", "iou"] == pytest.approx(learn.evaluate()["mask_miou"])
+    worst = interp.most_confused(1)[0]
+    counts = interp.confusion_matrix() - np.diag(np.diag(interp.confusion_matrix()))
+    assert worst[2] == counts.max()
+
+def test_top_losses_by_either_head(pair, files):
+    interp = SegmentationInterpretation.from_learner(pair)
+    _, (_, label) = pair.get_preds()
+    level = pair.get_preds()[0][1]
+    values, order, items = interp.top_losses(by="label_loss", items=True)
+    expected = -level.log()[torch.arange(2), label]
+    assert torch.allclose(values, expected.sort(descending=True).values, atol=1e-4)
+    assert [str(i) for i in items] == [str(files[4 + i]) for i in order]
+
+# a run that is killed
+
+def train(files, path, resume, kill=None):
+    "Three epochs; the process is killed in the middle of epoch `kill`"
+    class Kill(Callback):
+        def after_batch(self):
+            if self.training and self.epoch == kill: os.kill(os.getpid(), signal.SIGKILL)
+    seed = 99 if resume else 0  # a resumed run must not depend on how it was seeded
+    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    learn = quiet(segmentation_learner(loaders(files, batch_tfms=Flip()), "Unet", aux_params={}, **SMALL))
+    learn.path = path
+    learn.fit_one_cycle(3, 1e-2, cbs=[Checkpoint("run"), Kill()])
+    return [list(row) for row in learn.recorder.values], learn.model.state_dict()
+
+def test_a_killed_run_resumes_to_the_same_losses(files, tmp_path):
+    rows, weights = train(files, tmp_path/"whole", False)
+    child = os.fork()
+    if not child: train(files, tmp_path/"killed", False, kill=1); os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path/"killed/models/run.ckpt").exists()
+    again, same = train(files, tmp_path/"killed", True)
+    assert again == rows
+    assert all(torch.equal(v, same[k]) for k, v in weights.items())
+    assert not (tmp_path/"killed/models/run.ckpt").exists()
+
+def test_average_of_weights(learn):
+    learn.fit(2, cbs=EMA(.5))
+    assert np.isfinite(learn.recorder.values[-1]).all()
+    learn.fit(1)
+
+def test_predictions_leave_the_record_of_the_training(learn):
+    learn.fit(1)
+    values, losses = list(learn.recorder.values), list(learn.recorder.losses)
+    learn.get_preds(); learn.validate(); learn.show_results()
+    assert learn.recorder.values == values and learn.recorder.losses == losses

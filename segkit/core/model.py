@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn, Tensor
 
+from .hub import HubMixin
 from .layers import initialize_decoder, initialize_head
 
 if TYPE_CHECKING:  # core does not depend on the encoders; type checkers may know what one is
@@ -173,7 +174,7 @@ def _renamed(cls, kwargs):
     return kwargs
 
 # %% ../../nbs/core/02_model.ipynb #model
-class SegmentationModel(LoadMixin, FreezeMixin, nn.Module):
+class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, nn.Module):
     "Encoder, decoder, segmentation head and, if asked, classification head"
     requires_divisible_input_shape = True  # pad the image to a multiple of the encoder's stride, and crop the mask
     renamed_arguments: Mapping[str, str] = {}  # old name of an argument -> present name

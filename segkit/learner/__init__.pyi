@@ -4,6 +4,7 @@ from .callbacks import Checkpoint as Checkpoint
 from .callbacks import FreezeBatchNorm as FreezeBatchNorm
 from .callbacks import GuardMixing as GuardMixing
 from .display import show_predictions as show_predictions
+from .interpret import SegmentationInterpretation as SegmentationInterpretation
 from .learner import SegmentationLearner as SegmentationLearner
 from .learner import default_loss as default_loss
 from .learner import segmentation_learner as segmentation_learner
@@ -17,3 +18,4 @@ from .splitter import segmentation_splitter as segmentation_splitter
 from .targets import Targets as Targets
 from .targets import check_items as check_items
 from .targets import read_targets as read_targets
+from .views import View as View

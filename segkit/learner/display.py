@@ -97,6 +97,8 @@ def _legend(fig, codes, n, masks):
     if entries: fig.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), 5), fontsize=8, frameon=False)
 
 # %% ../../nbs/learner/02_display.ipynb #dispatch
+shims.repair_show_results()
+
 @dispatch
 def show_results(x: TensorImage, y: tuple[TensorMask, TensorCategory], samples, outs, ctxs=None, max_n=4, **kwargs):
     return show_predictions(samples, outs, max_n=max_n, **kwargs)

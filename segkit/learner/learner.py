@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEARNER_ARGUMENTS', 'unbatch', 'SegmentationLearner', 'kept_history', 'resolve', 'build', 'as_loss', 'use_statistics',
-           'normalized', 'default_loss', 'check_model', 'segmentation_learner', 'replaced_model']
+           'normalized', 'default_loss', 'check_model', 'segmentation_learner', 'answers', 'without_prefix',
+           'replaced_model']
 
 # %% ../../nbs/learner/03_learner.ipynb #imports
 import inspect
@@ -81,32 +82,36 @@ class SegmentationLearner(Learner):
         finally: self.splitter = splitter
         for p in extra: self.opt.state[p]["do_wd"] = False
 
-    def predict(self,
-        item: Any, # File, picture or array, as the data's items are
-        rm_type_tfms: int | None = None, # Type transforms to leave out, as in fastai
-        with_input: bool = False, # Give the decoded picture first
-    ) -> tuple: # Decoded, classes, probabilities; each a tuple (mask, label) for two outputs
-        "Predict one item, without the batch's dimension in any output"
-        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
-        inputs, probs, _, classes = self.get_preds(dl=dl, with_input=True, with_decoded=True)
-        both = tuple(classes) if isinstance(classes, (tuple, list)) else (classes,)
-        picture, *decoded = self.dls.decode_batch((inputs, *both))[0]
-        result = (tuple(decoded) if len(decoded) > 1 else decoded[0], unbatch(classes), unbatch(probs))
-        return (picture, *result) if with_input else result
+# %% ../../nbs/learner/03_learner.ipynb #predict
+@patch
+def predict(self: SegmentationLearner,
+    item: Any, # File, picture or array, as the data's items are
+    rm_type_tfms: int | None = None, # Type transforms to leave out, as in fastai
+    with_input: bool = False, # Give the decoded picture first
+) -> tuple: # Decoded, classes, probabilities; each a tuple (mask, label) for two outputs
+    "Predict one item, without the batch's dimension in any output"
+    dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
+    inputs, probs, _, classes = self.get_preds(dl=dl, with_input=True, with_decoded=True)
+    both = tuple(classes) if isinstance(classes, (tuple, list)) else (classes,)
+    picture, *decoded = self.dls.decode_batch((inputs, *both))[0]
+    result = (tuple(decoded) if len(decoded) > 1 else decoded[0], unbatch(classes), unbatch(probs))
+    return (picture, *result) if with_input else result
 
-    def show_results(self,
-        ds_idx: int = 1, # Which loader, if `dl` is None: 0 training, 1 validation
-        dl: Any = None, # Loader to take a batch from
-        max_n: int = 4, # Pictures to show
-        shuffle: bool = True, # Take them at random
-        **kwargs: Any, # Passed on to `show_predictions`
-    ) -> Figure: # One row for each picture
-        "Picture, true mask and predicted mask; the true and the predicted label"
-        if dl is None: dl = self.dls[ds_idx].new(shuffle=shuffle)
-        batch = dl.one_batch()
-        probs, _, classes = self.get_preds(dl=[batch], with_decoded=True)
-        _, _, samples, outs = dl.show_results(batch, classes, max_n=max_n, show=False)
-        return show_predictions(samples, outs, task=self.task, probs=probs, max_n=max_n, **kwargs)
+# %% ../../nbs/learner/03_learner.ipynb #show-results
+@patch
+def show_results(self: SegmentationLearner,
+    ds_idx: int = 1, # Which loader, if `dl` is None: 0 training, 1 validation
+    dl: Any = None, # Loader to take a batch from
+    max_n: int = 4, # Pictures to show
+    shuffle: bool = True, # Take them at random
+    **kwargs: Any, # Passed on to `show_predictions`
+) -> Figure: # One row for each picture
+    "Picture, true mask and predicted mask; the true and the predicted label"
+    if dl is None: dl = self.dls[ds_idx].new(shuffle=shuffle)
+    batch = dl.one_batch()
+    probs, _, classes = self.get_preds(dl=[batch], with_decoded=True)
+    _, _, samples, outs = dl.show_results(batch, classes, max_n=max_n, show=False)
+    return show_predictions(samples, outs, task=self.task, probs=probs, max_n=max_n, **kwargs)
 
 # %% ../../nbs/learner/03_learner.ipynb #history
 @contextmanager
@@ -266,7 +271,7 @@ def segmentation_learner(
     loss_func: Callable | None = None, # Loss; None for `default_loss`
     metrics: Any = None, # Metrics; None for `default_metrics`
     splitter: Callable | None = None, # Parameter groups; None for `segmentation_splitter`
-    normalize: bool = True, # Normalise pictures with the encoder's statistics
+    normalize: bool = True, # Normalise pictures with the encoder's statistics; those of a built model are left alone
     n_in: int | None = None, # Channels of the pictures; read from a batch if None
     classes: int | None = None, # Channels of the mask's logits; counted from the codes if None
     ignore_index: int | None = None, # Mask value of void pixels; looked for in the data if None
@@ -334,6 +339,24 @@ def evaluate(self: SegmentationLearner,
         return dict(zip(("loss", *(m.name for m in self.metrics)), values))
     finally: self.metrics = old
 
+# %% ../../nbs/learner/03_learner.ipynb #answers
+def answers(
+    learn: Learner, # Learner of type `SegmentationLearner`
+    picture: Tensor, # Picture `(c, h, w)`, before the transforms of the batch
+    side: tuple[int, int], # Height and width of a tile
+    dl: Any, # Loader with the transforms
+) -> Callable: # Function from the corners `(y, x)` of tiles to probabilities `(n, classes, *side)`
+    "What the model says of some tiles of a picture; augmentations are left out"
+    prepare = Pipeline([t for t in dl.after_batch.fs if not isinstance(t, RandTransform)], split_idx=1)
+    model, mode = learn.model.eval(), learn.task.mask
+    def answer(corners):
+        pieces = retain_type(torch.stack([picture[..., y:y+side[0], x:x+side[1]] for y, x in corners]), picture)
+        batch = prepare(to_device(pieces, learn.dls.device or "cpu"))
+        if batch.shape[-2:] != side: raise ValueError(f"the data's batch transforms change the size of a tile from {side} to {tuple(batch.shape[-2:])}")
+        out = model(batch.as_subclass(Tensor))
+        return to_probs(out[0] if isinstance(out, (tuple, list)) else out, mode)
+    return answer
+
 # %% ../../nbs/learner/03_learner.ipynb #tiles
 @patch
 def predict_tiled(self: SegmentationLearner,
@@ -351,19 +374,11 @@ def predict_tiled(self: SegmentationLearner,
     side = tuple(min(s, n) for s, n in zip((tile, tile) if isinstance(tile, int) else tile, size))
     overlap = min(side)//4 if overlap is None else overlap
     if not 0 <= overlap < min(side): raise ValueError(f"overlap={overlap}: expected 0 to {min(side) - 1} for tiles of {side[0]} x {side[1]}")
-    prepare = Pipeline([t for t in dl.after_batch.fs if not isinstance(t, RandTransform)], split_idx=1)
-    decide = Task((self.task.mask,)).decodes
-    def answer(corners):
-        pieces = retain_type(torch.stack([picture[..., y:y+side[0], x:x+side[1]] for y, x in corners]), picture)
-        batch = prepare(to_device(pieces, self.dls.device or "cpu"))
-        if batch.shape[-2:] != side: raise ValueError(f"the data's batch transforms change the size of a tile from {side} to {tuple(batch.shape[-2:])}")
-        out = self.model(batch.as_subclass(Tensor))
-        return to_probs(out[0] if isinstance(out, (tuple, list)) else out, self.task.mask)
+    decide, kept = Task((self.task.mask,)).decodes, torch.uint8 if self.task.classes <= 256 else torch.int32
     masks, probs = [], []
     with self.seen_as(views), torch.inference_mode():
-        self.model.eval()
-        for rows in tiled(answer, size, side, overlap, bs, self._watch):
-            masks.append(decide(rows[None])[0].to(torch.uint8 if self.task.classes <= 256 else torch.int32).cpu())
+        for rows in tiled(answers(self, picture, side, dl), size, side, overlap, bs, self._watch):
+            masks.append(decide(rows[None])[0].to(kept).cpu())
             if with_probs: probs.append(rows.cpu())
     mask = torch.cat(masks, -2)
     return (mask, torch.cat(probs, -2)) if with_probs else mask
@@ -387,7 +402,18 @@ def load(self: SegmentationLearner,
 ) -> SegmentationLearner: # The learner itself
     "Load weights, also into a compiled model"
     if self.opt is None: self.create_opt()
-    with replaced_model(self): return Learner.load(self, file, **kwargs)
+    with replaced_model(self):
+        hook = self.model.register_load_state_dict_pre_hook(without_prefix)  # for files that another learner wrote while compiled
+        try: return Learner.load(self, file, **kwargs)
+        finally: hook.remove()
+
+def without_prefix(
+    module: nn.Module, # Model that loads
+    state: dict, # Tensors by name, changed in place
+    *args: Any, # What else torch tells such a hook
+) -> None:
+    "Take `_orig_mod.` off all names"
+    for name in [n for n in state if n.startswith("_orig_mod.")]: state[name.removeprefix("_orig_mod.")] = state.pop(name)
 
 @contextmanager
 def replaced_model(

@@ -58,7 +58,7 @@ def _at_once(pred, target, c, size, low):
     pairs += torch.arange(len(target), dtype=dtype, device=target.device)[:, None]*size - low*c
     return torch.bincount(pairs.flatten(), minlength=len(target)*size).view(-1, size)
 
-def _in_pieces(pred, target, c, size, low, piece=2**18):
+def _in_pieces(pred, target, c, size, low, piece=2**15):
     "The same, row by row and piece by piece"
     counts = torch.zeros(len(target), size, dtype=torch.int64)
     dtype = torch.int32 if size < 2**31 else torch.int64

@@ -86,8 +86,9 @@ class Cost:
         "Numbers and shares"
         def row(name, p, m):
             return [name, f"{p:,}", f"{p/max(self.parameters, 1):.1%}", f"{m/1e6:,.1f}", f"{m/max(self.multiply_adds, 1):.1%}"]
+        rows = [row(b.name, b.parameters, b.multiply_adds) for b in self.bills.values()]
         return table(["part", "parameters", "share", f"multiply-adds, millions, at {self.size[0]} x {self.size[1]}", "share"],
-                     [*(row(b.name, b.parameters, b.multiply_adds) for b in self.bills.values()), row("**all**", self.parameters, self.multiply_adds)])
+                     [*rows, row("**all**", self.parameters, self.multiply_adds)])
 
     def _repr_markdown_(self) -> str: return self.table().data
 
@@ -104,7 +105,8 @@ def _bars(cost: Cost) -> "Image":
     names = [b.name.removeprefix("decoder.").replace("_head", " head") for b in bills]
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(8.4, .21*len(bills) + .5), sharey=True)
-        for ax, values, title in zip(axes, ([b.parameters for b in bills], [b.multiply_adds for b in bills]), ("parameters", "multiply-adds")):
+        numbers = [b.parameters for b in bills], [b.multiply_adds for b in bills]
+        for ax, values, title in zip(axes, numbers, ("parameters", "multiply-adds"), strict=True):
             total = max(sum(values), 1)
             bars = ax.barh(range(len(bills)), values, color=[_COLORS[b.group] for b in bills], tick_label=names)
             ax.bar_label(bars, [f"{_short(v)} ({v/total:.0%})" if v else "0" for v in values], padding=3, fontsize=8)

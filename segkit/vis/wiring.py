@@ -251,7 +251,9 @@ def _named(model: nn.Module, seen: _Recorder, names: list[str], encoder: str) ->
         yield "output" if len(seen.calls[0].left) == 1 else f"output [{j}]", "output", value, shape, None
 
 # %% ../../nbs/vis/01_wiring.ipynb #find
-def _find(model: nn.Module, seen: _Recorder, parts: Sequence[str] | None, encoder: str) -> tuple[dict[str, Part], dict[int, str], dict[str, int | None]]:
+def _find(
+    model: nn.Module, seen: _Recorder, parts: Sequence[str] | None, encoder: str,
+) -> tuple[dict[str, Part], dict[int, str], dict[str, int | None]]:
     "The parts by name, the name of the part that each value left, and the call of each part"
     called = list(dict.fromkeys(c.name for c in seen.calls))
     names = _choose(model, set(called), encoder) if parts is None else _match(parts, called)
