@@ -2,8 +2,9 @@
 import pytest
 import torch
 from oracle import randomise, relative_error, smp, without_gradient
+from torch.export import Dim, export
 
-from segkit import Unet
+from segkit import Segformer, Unet
 from segkit.core.registry import encoders
 from segkit.encoders.base import check_encoder, get_encoder, parameter_stages
 from segkit.encoders.mix_transformer import DropPath, EfficientSelfAttention
@@ -99,3 +100,11 @@ def test_refuses():
     with pytest.raises(ValueError, match="cannot be dilated"): get_encoder("mit_b0", output_stride=16)
     with pytest.raises(TypeError, match="has no argument 'widhts'; did you mean 'widths'"): get_encoder("mit_b0", widhts=3)
     with pytest.raises(KeyError, match="imagenet"): get_encoder("mit_b0", weights="imagnet")
+
+
+def test_exports_with_free_sizes():
+    model = Segformer("mit_b0", encoder_weights=None).eval()
+    free = {0: Dim("b", min=1, max=64), 2: Dim("h", min=33, max=4096), 3: Dim("w", min=33, max=4096)}
+    exported = export(model, (torch.randn(2, 3, 65, 71),), dynamic_shapes=(free,)).module()
+    x = torch.randn(3, 3, 96, 130)
+    with torch.no_grad(): assert relative_error(exported(x), model(x)) < 1e-4
