@@ -14,7 +14,7 @@ CHECKS = {
     "notebooks": ("structure of the notebooks", [PYTHON, "tools/check_nbs.py"]),
     "fresh": ("modules are what the notebooks export, notebooks are clean", [PYTHON, "tools/check_fresh.py"]),
     "readme": ("README.md is what nbs/index.ipynb says", [PYTHON, "tools/docs.py", "readme", "--check"]),
-    "lint": ("ruff", [PYTHON, "-m", "ruff", "check", "nbs", "tests", "tools", "docs", "setup.py"]),
+    "lint": ("ruff", [PYTHON, "-m", "ruff", "check", "--output-format", "concise", "nbs", "tests", "tools", "docs", "setup.py"]),
     "docs": ("the site builds without warnings", [PYTHON, "tools/docs.py", "site"]),
     "run": ("every notebook runs", ["nbdev-test", "--n-workers", "2", "--timing"]),
     "tests": ("pytest", [PYTHON, "-m", "pytest"]),  # last: its closing line ends a run that passes

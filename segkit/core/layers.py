@@ -96,7 +96,8 @@ def resize(
     align_corners: bool | None = None, # For bilinear and bicubic: whether corner samples coincide
 ) -> Tensor: # Map `(b, c, h, w)`
     "Enlarge or shrink a map to `size`; a map that has it already is returned as it is"
-    if x.shape[-2:] == tuple(size): return x
+    # a compiled model must not depend on whether two sizes that may vary happen to agree
+    if not torch.compiler.is_compiling() and x.shape[-2:] == tuple(size): return x
     return F.interpolate(x, size=size, mode=mode, align_corners=align_corners if mode in ("bilinear", "bicubic") else None)
 
 # %% ../../nbs/core/01_layers.ipynb #argmax

@@ -13,12 +13,17 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn, Tensor
 
+from .hub import HubMixin
 from .layers import initialize_decoder, initialize_head
+
+if TYPE_CHECKING:  # core does not depend on the encoders; type checkers may know what one is
+    from segkit.encoders.base import EncoderMixin
+    class Encoder(EncoderMixin, nn.Module): ...
 
 # %% ../../nbs/core/02_model.ipynb #pad
 def pad_to(
@@ -39,7 +44,7 @@ def pad_to_multiple(
     multiple: int, # What height and width shall be divisible by
 ) -> Tensor: # Images `(b, c, H, W)`
     "Repeat the last row and column until `multiple` divides height and width"
-    return pad_to(x, *(-(-size//multiple)*multiple for size in x.shape[-2:]))
+    return pad_to(x, *((size + multiple - 1)//multiple*multiple for size in x.shape[-2:]))
 
 def pad_to_least(
     x: Tensor, # Images `(b, c, h, w)`
@@ -70,7 +75,7 @@ mode_dependent = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Inst
 
 class FreezeMixin:
     "Freezing of `self.encoder`, whole or by stage; put it before `nn.Module`"
-    encoder: nn.Module
+    encoder: "Encoder"
 
     def freeze_encoder(self,
         stages: Iterable[int] | None = None, # Stages to freeze, 1 the finest; None for all
@@ -104,14 +109,14 @@ class FreezeMixin:
 
 def _of_stages(encoder, stages):
     "Names of the parameters of these stages"
-    table = encoder.stages
+    table = encoder.parameters_by_stage()
     if stages - set(table): raise ValueError(f"stages={sorted(stages)}: this encoder has the stages {sorted(table)}")
     return {name for stage in stages for name in table[stage]}
 
 # %% ../../nbs/core/02_model.ipynb #load
 class LoadMixin:
     "Loading of weights; put it before `nn.Module`"
-    encoder: nn.Module
+    encoder: "Encoder"
     unused_tensors: Sequence[str] = ()  # patterns of names that checkpoints may hold although no computation uses them
 
     def load_state_dict(self,
@@ -169,11 +174,11 @@ def _renamed(cls, kwargs):
     return kwargs
 
 # %% ../../nbs/core/02_model.ipynb #model
-class SegmentationModel(LoadMixin, FreezeMixin, nn.Module):
+class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, nn.Module):
     "Encoder, decoder, segmentation head and, if asked, classification head"
     requires_divisible_input_shape = True  # pad the image to a multiple of the encoder's stride, and crop the mask
     renamed_arguments: Mapping[str, str] = {}  # old name of an argument -> present name
-    encoder: nn.Module
+    encoder: "Encoder"
     decoder: nn.Module
     segmentation_head: nn.Module
     classification_head: nn.Module | None
@@ -206,7 +211,10 @@ class SegmentationModel(LoadMixin, FreezeMixin, nn.Module):
     ) -> Tensor: # Mask `(b, classes, height, width)`, or of the size that `upsampling` gives
         "Cut off what padding added"
         stride, up = self.decoder.stride, self.segmentation_head.upsampling
-        return mask[..., :-(-height*up//stride), :-(-width*up//stride)]
+        rows, columns = (height*up + stride - 1)//stride, (width*up + stride - 1)//stride
+        if not torch.compiler.is_compiling(): return mask[..., :rows, :columns]
+        # slicing would make a compiled model depend on whether something is cut off
+        return mask.index_select(-2, torch.arange(rows, device=mask.device)).index_select(-1, torch.arange(columns, device=mask.device))
 
     def predict(self,
         x: Tensor, # Images `(b, in_channels, h, w)`

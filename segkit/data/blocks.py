@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+import segkit.learner.shims  # noqa: F401 - first: it filters the warnings of fastai's import
+
 from fastai.data.block import CategoryBlock, MultiCategoryBlock, TransformBlock
 from fastai.data.transforms import IntToFloatTensor
 from fastai.torch_core import TensorImage, show_image

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from .blocks import SegmentationBlocks  # before fastai: it filters the warnings of its import
+
 from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import FuncSplitter
 from PIL import Image
 from torch import Tensor
 
-from .blocks import SegmentationBlocks
 from .cache import build_once, cache_folder
 
 # %% ../../nbs/data/03_brain.ipynb #read

@@ -9,11 +9,11 @@ __all__ = ['FORMS', 'COUNTS', 'shape_names', 'class_colour', 'draw_shapes', 'lab
 from typing import Any, Literal
 
 import numpy as np
+from .blocks import SegmentationBlocks  # before fastai: it filters the warnings of its import
+
 from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter, ItemGetter
-
-from .blocks import SegmentationBlocks
 
 # %% ../../nbs/data/02_shapes.ipynb #forms
 FORMS = {

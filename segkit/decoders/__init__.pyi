@@ -1,2 +1,12 @@
+from .deeplabv3 import DeepLabV3 as DeepLabV3
+from .deeplabv3plus import DeepLabV3Plus as DeepLabV3Plus
+from .dpt import DPT as DPT
+from .fpn import FPN as FPN
+from .linknet import Linknet as Linknet
+from .manet import MAnet as MAnet
+from .pan import PAN as PAN
+from .pspnet import PSPNet as PSPNet
+from .segformer import Segformer as Segformer
 from .unet import Unet as Unet
-from .unet import UnetDecoder as UnetDecoder
+from .unetplusplus import UnetPlusPlus as UnetPlusPlus
+from .upernet import UPerNet as UPerNet

@@ -53,8 +53,8 @@ class EncoderMixin:
         if self._out_channels[0] == self._in_channels: self._out_channels = [in_channels, *self._out_channels[1:]]
         self._in_channels = in_channels
 
-    @property
-    def stages(self) -> dict[int, list[str]]: # Stage, 1 the finest -> names of its parameters; measured by `parameter_stages`
+    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, 1 the finest -> names of its parameters
+        "What belongs to each stage, as `parameter_stages` measures it"
         table: dict[int, list[str]] = {}
         for name, stage in parameter_stages(self).items(): table.setdefault(max(1, stage), []).append(name)
         return table

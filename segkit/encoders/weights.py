@@ -8,7 +8,7 @@ __all__ = ['wrappers', 'read_state_dict', 'cache_folder', 'fetch', 'offline_help
 # %% ../../nbs/encoders/01_weights.ipynb #imports
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse

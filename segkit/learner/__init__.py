@@ -1,0 +1,5 @@
+"""Masks and image labels in one fastai `Learner`."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)  # the names are listed in `__init__.pyi`

@@ -6,6 +6,7 @@
 __all__ = ['Bill', 'Cost', 'cost']
 
 # %% ../../nbs/vis/03_costs.ipynb #imports
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Sequence
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .pictures import STYLE, show, table
-from .wiring import Part, _find, _image, _memory, _record, _Recorder, _tensors
+from .wiring import _find, _image, _memory, _record, _Recorder, _tensors
 
 if TYPE_CHECKING: from IPython.display import Image, Markdown
 
@@ -25,7 +26,7 @@ class _Meter(_Recorder):
     def __init__(self, model: nn.Module, image: Tensor, counter: FlopCounterMode):
         super().__init__(model, image)
         self.counter, self.work = counter, []  # (call, value that was made or None, multiply-adds)
-        self.users = {}  # memory of a parameter -> (call, value) of the first operation that took it
+        self.users = {}  # memory of a weight -> (call, value) of the first operation that took it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before, values = self.counter.get_total_flops(), len(self.ops)
@@ -38,13 +39,13 @@ class _Meter(_Recorder):
 
 # %% ../../nbs/vis/03_costs.ipynb #stages
 def _stages(seen: _Recorder, owner: dict[int, str], levels: list[str]) -> dict[int, str]:
-    "The level that each value inside the encoder leads to first"
+    "The level that each value inside the encoder leads to first; `levels` in the order in which they were made"
     stage = {}
     for level in levels:
         ahead = [v for v, name in owner.items() if name == level]
         while ahead:
             v = ahead.pop()
-            if v in stage or owner.get(v, level) != level: continue
+            if v in stage: continue
             stage[v] = level
             ahead += seen.ops[v].sources
     return stage
@@ -85,8 +86,9 @@ class Cost:
         "Numbers and shares"
         def row(name, p, m):
             return [name, f"{p:,}", f"{p/max(self.parameters, 1):.1%}", f"{m/1e6:,.1f}", f"{m/max(self.multiply_adds, 1):.1%}"]
+        rows = [row(b.name, b.parameters, b.multiply_adds) for b in self.bills.values()]
         return table(["part", "parameters", "share", f"multiply-adds, millions, at {self.size[0]} x {self.size[1]}", "share"],
-                     [*(row(b.name, b.parameters, b.multiply_adds) for b in self.bills.values()), row("**all**", self.parameters, self.multiply_adds)])
+                     [*rows, row("**all**", self.parameters, self.multiply_adds)])
 
     def _repr_markdown_(self) -> str: return self.table().data
 
@@ -103,7 +105,8 @@ def _bars(cost: Cost) -> "Image":
     names = [b.name.removeprefix("decoder.").replace("_head", " head") for b in bills]
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(8.4, .21*len(bills) + .5), sharey=True)
-        for ax, values, title in zip(axes, ([b.parameters for b in bills], [b.multiply_adds for b in bills]), ("parameters", "multiply-adds")):
+        numbers = [b.parameters for b in bills], [b.multiply_adds for b in bills]
+        for ax, values, title in zip(axes, numbers, ("parameters", "multiply-adds"), strict=True):
             total = max(sum(values), 1)
             bars = ax.barh(range(len(bills)), values, color=[_COLORS[b.group] for b in bills], tick_label=names)
             ax.bar_label(bars, [f"{_short(v)} ({v/total:.0%})" if v else "0" for v in values], padding=3, fontsize=8)
@@ -116,21 +119,26 @@ def _bars(cost: Cost) -> "Image":
 
 def _short(n: float) -> str:
     "A number with three digits and a unit"
-    for unit, word in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if n >= unit: return f"{n/unit:.3g}{word}"
-    return f"{n:.0f}"
+    unit, letter = next(((u, w) for u, w in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if n >= u), (1, ""))
+    return f"{n/unit:#.3g}".rstrip(".") + letter if letter else f"{n:.0f}"
 
 # %% ../../nbs/vis/03_costs.ipynb #payer
 class _Payers:
     "Who pays for what in a run"
     def __init__(self, model: nn.Module, seen: _Meter, parts: Sequence[str] | None, encoder: str):
         self.seen, (self.found, self.owner, calls) = seen, _find(model, seen, parts, encoder)
-        levels = [n for n, p in self.found.items() if p.kind == "level"]
+        levels = [n for _, n in sorted(self.owner.items()) if self.found[n].kind == "level"]  # values are numbered in time
         self.stage, self.encoder = _stages(seen, self.owner, levels), encoder
         self.part_of = {call: n for n, call in calls.items() if self.found[n].kind in ("part", "head")}
         groups = {"level": "encoder", "part": "decoder" if levels else "parts", "head": "heads"}
         self.groups = {n: groups[p.kind] for n, p in self.found.items() if p.kind in groups and not p.missing}
-        self.groups |= {"encoder, rest": "encoder", "other": "other", "not used": "other"}
+
+    def apart(self, path: str, what: str) -> str:
+        "Name of the bill for what belongs to the module at `path` and to none of the parts"
+        top = self.encoder if f"{path}.".startswith(f"{self.encoder}.") else path.split(".")[0]
+        name = f"{top}, {what}".removeprefix(", ")
+        self.groups.setdefault(name, {self.encoder: "encoder", "decoder": "decoder"}.get(top, "heads" if "head" in top else "other"))
+        return name
 
     def __call__(self, call: int, value: int | None) -> str:
         "Name of the bill for an operation in `call` that made `value`"
@@ -138,11 +146,11 @@ class _Payers:
         for c in around:
             if c in self.part_of: return self.part_of[c]
         if value is None:
-            op = next((v for v, op in enumerate(self.seen.ops) if v and call in self.seen.calls[op.call].around), None)
-            if op is not None: return self(self.seen.ops[op].call, op)
+            within = [v for v, op in enumerate(self.seen.ops) if v and call in self.seen.calls[op.call].around]
+            if within: return self(call, min(within, key=lambda v: (self.seen.ops[v].call != call, v)))
         if self.owner.get(value) in self.groups: return self.owner[value]
         if value in self.stage: return self.stage[value]
-        return "encoder, rest" if any(self.seen.calls[c].name == self.encoder for c in around) else "other"
+        return self.apart(self.seen.calls[call].name, "rest")
 
 # %% ../../nbs/vis/03_costs.ipynb #cost
 def cost(
@@ -155,11 +163,10 @@ def cost(
     image = _image(model, image)
     with FlopCounterMode(display=False) as counter: seen = _record(model, image, _Meter(model, image, counter))
     payer = _Payers(model, seen, parts, encoder)
-    weights, work = dict.fromkeys(payer.groups, 0), dict.fromkeys(payer.groups, 0)
+    weights, work = Counter(), Counter()
     for call, value, count in seen.work: work[payer(call, value)] += count
-    for p in model.parameters():
-        name = payer(*seen.users[_memory(p)]) if _memory(p) in seen.users else "not used"
-        weights[name] += p.numel()
-    rare = ("encoder, rest", "other", "not used")
-    return Cost({n: Bill(n, group, weights[n], work[n]//len(image)) for n, group in payer.groups.items()
-                 if n not in rare or weights[n] or work[n]}, tuple(image.shape[-2:]))
+    for name, p in model.named_parameters():
+        user = seen.users.get(_memory(p))
+        weights[payer(*user) if user else payer.apart(name, "not used")] += p.numel()
+    bills = [Bill(n, group, weights[n], work[n]//len(image)) for n, group in payer.groups.items()]
+    return Cost({bill.name: bill for bill in bills}, tuple(image.shape[-2:]))

@@ -54,7 +54,19 @@ def _row(p: Part, before: list[str], t: Trace, at: dict[str, tuple[int, float]],
     same = [s for s in before if t.parts[s].stride == p.stride and not (flat and at[s][0] > 0)]
     if same: return at[min(same, key=lambda s: at[s][0] > 0)][1]
     if not p.stride: return max((at[s][1] for s in before), default=0)
-    return next((r for n, (c, r) in at.items() if c == 0 and t.parts[n].stride == p.stride), log2(p.stride))
+    beside = [r for n, (c, r) in at.items() if c == 0 and t.parts[n].stride == p.stride]
+    return beside[0 if flat else -1] if beside else log2(p.stride)
+
+# %% ../../nbs/vis/02_drawing.ipynb #settle
+def _settle(t: Trace, at: dict[str, tuple[int, float]], column: int) -> None:
+    "Move the boxes of a column apart, in place"
+    names = [n for n in at if at[n][0] == column]
+    rows = [at[n][1] for n in names]
+    for n, row in zip(names, rows, strict=True):
+        before = [at[s][1] for s in t.sources(n) if s in at and at[s][0] < column]
+        if rows.count(row) > 1 and before: at[n] = (column, sum(before)/len(before))
+    names.sort(key=lambda n: at[n][1])
+    for n, row in zip(names, spread([at[n][1] for n in names]), strict=True): at[n] = (column, row)
 
 # %% ../../nbs/vis/02_drawing.ipynb #place
 def _places(t: Trace) -> dict[str, tuple[int, float]]:
@@ -74,19 +86,10 @@ def _places(t: Trace) -> dict[str, tuple[int, float]]:
         before = [s for s in t.sources(p.name) if s in at]
         row = _row(p, before, t, at, flat)
         crossed = any(r == row and any(at[s][0] < c < last for s in before) for c, r in at.values())
-        at[p.name] = (last + (p.kind == "output" and any(at[s][0] == last for s in before)), bottom + .9 if crossed and not p.stride else row)
+        after = p.kind == "output" and any(at[s][0] == last for s in before)
+        at[p.name] = (last + after, bottom + .9 if crossed and not p.stride else row)
     for column in range(1, last + 2): _settle(t, at, column)
     return at
-
-def _settle(t: Trace, at: dict[str, tuple[int, float]], column: int) -> None:
-    "Move the boxes of a column apart, in place"
-    names = [n for n in at if at[n][0] == column]
-    rows = [at[n][1] for n in names]
-    for n, row in zip(names, rows, strict=True):
-        before = [at[s][1] for s in t.sources(n) if s in at and at[s][0] < column]
-        if rows.count(row) > 1 and before: at[n] = (column, sum(before)/len(before))
-    names.sort(key=lambda n: at[n][1])
-    for n, row in zip(names, spread([at[n][1] for n in names]), strict=True): at[n] = (column, row)
 
 # %% ../../nbs/vis/02_drawing.ipynb #texts
 def _text(p: Part, names: Mapping[str, str]) -> str:
@@ -100,7 +103,8 @@ def _text(p: Part, names: Mapping[str, str]) -> str:
     if p.missing: return f"{name}\nnone"
     if len(p.shape) == 3: return f"{name}\n{p.shape[1]} tokens, {p.shape[2]} ch"
     if not p.stride: return f"{name}\n{' x '.join(map(str, p.shape[1:]))} values"
-    return f"{name}\n{p.shape[1]} ch, " + ("full size" if p.stride == 1 else f"1/{p.stride:.3g}" if p.stride > 1 else f"{1/p.stride:.3g} x size")
+    size = "full size" if p.stride == 1 else f"1/{p.stride:.3g}" if p.stride > 1 else f"{1/p.stride:.3g} x size"
+    return f"{name}\n{p.shape[1]} ch, {size}"
 
 def _width(text: str, size: float) -> float:
     "Width of a text in inches"
@@ -123,7 +127,7 @@ def _layout(t: Trace, places: dict, texts: dict[str, str], font: float, width: f
     for n, (c, r) in places.items():
         y = height - .45 - max(high.values())/2 - pitch*(r - top)
         boxes[n] = np.array([middle[c] - wide[n]/2, y - high[n]/2, middle[c] + wide[n]/2, y + high[n]/2])
-    return boxes, (x - gap + .05, height)
+    return boxes, (float(x - gap + .05), float(height))
 
 # %% ../../nbs/vis/02_drawing.ipynb #curve
 def _center(box: np.ndarray) -> np.ndarray: return (box[:2] + box[2:])/2

@@ -247,9 +247,11 @@ def feature_maps(
     pictures, texts = [], []
     for i, f in enumerate(features):
         if f.shape[-3] == 0: continue
-        maps, share = components(f) if method == "pca" else (f.detach().double().cpu().reshape(-1, *f.shape[-3:])[0].mean(0, keepdim=True), None)
+        if f.dim() == 4 and len(f) != 1: raise ValueError(f"expected one map (c, h, w) or (1, c, h, w), got shape {tuple(f.shape)}")
+        f = f.detach().double().cpu().reshape(f.shape[-3:])
+        maps, share = components(f) if method == "pca" else (f.mean(0, keepdim=True), None)
         low, high = (maps.flatten(1).quantile(q, dim=1)[:, None, None] for q in (.01, .99))
         pictures.append(((maps - low)/(high - low).clamp(min=1e-12)).clamp(0, 1))
-        text = f"{f.shape[-3]} ch, {f.shape[-2]} x {f.shape[-1]}" + ("" if share is None else f", {share.sum():.0%}")
+        text = f"{len(f)} ch, {f.shape[1]} x {f.shape[2]}" + ("" if share is None else f", {share.sum():.0%}")
         texts.append(text if titles is None else titles[i])
     return strip(pictures, texts, **({"photo": True} | kwargs))

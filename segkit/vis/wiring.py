@@ -119,7 +119,7 @@ def _record(model: nn.Module, image: Tensor, seen: _Recorder | None = None) -> _
 @dataclass(frozen=True)
 class Part:
     "What left one part of a model"
-    name: str # Path of the module, `"image"`, `"output"`, or `"c0"`, `"c1"`, ... for what the encoder returned
+    name: str # Path of the module, `"image"`, `"output"`, `"c0"`, `"c1"`, ... for what the encoder returned
     kind: str # `"image"`, `"level"` (of the encoder), `"part"`, `"head"` or `"output"`
     shape: tuple[int, ...] # Shape of the tensor
     stride: float | None # Height of the image over that of the map; None for what is not a map
@@ -247,10 +247,13 @@ def _named(model: nn.Module, seen: _Recorder, names: list[str], encoder: str) ->
         for j, (value, shape) in enumerate(new): yield name if len(new) == 1 else f"{name} [{j}]", kind, value, shape, i
     if isinstance(seen.calls[0].answer, list) and not runs[encoder]:
         for name, value, shape in _levels(seen.calls[0].answer): yield name, "returned", value, shape, None
-    for value, shape in seen.calls[0].left: yield "output", "output", value, shape, None
+    for j, (value, shape) in enumerate(seen.calls[0].left):
+        yield "output" if len(seen.calls[0].left) == 1 else f"output [{j}]", "output", value, shape, None
 
 # %% ../../nbs/vis/01_wiring.ipynb #find
-def _find(model: nn.Module, seen: _Recorder, parts: Sequence[str] | None, encoder: str) -> tuple[dict[str, Part], dict[int, str], dict[str, int | None]]:
+def _find(
+    model: nn.Module, seen: _Recorder, parts: Sequence[str] | None, encoder: str,
+) -> tuple[dict[str, Part], dict[int, str], dict[str, int | None]]:
     "The parts by name, the name of the part that each value left, and the call of each part"
     called = list(dict.fromkeys(c.name for c in seen.calls))
     names = _choose(model, set(called), encoder) if parts is None else _match(parts, called)

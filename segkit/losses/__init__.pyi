@@ -1,0 +1,17 @@
+from .base import BINARY_MODE as BINARY_MODE
+from .base import MULTICLASS_MODE as MULTICLASS_MODE
+from .base import MULTILABEL_MODE as MULTILABEL_MODE
+from .base import SegmentationLoss as SegmentationLoss
+from .region import DiceLoss as DiceLoss
+from .region import FocalTverskyLoss as FocalTverskyLoss
+from .region import JaccardLoss as JaccardLoss
+from .region import TverskyLoss as TverskyLoss
+from .distribution import FocalLoss as FocalLoss
+from .distribution import OHEMCrossEntropyLoss as OHEMCrossEntropyLoss
+from .distribution import SoftBCEWithLogitsLoss as SoftBCEWithLogitsLoss
+from .distribution import SoftCrossEntropyLoss as SoftCrossEntropyLoss
+from .ranking import LovaszLoss as LovaszLoss
+from .correlation import MCCLoss as MCCLoss
+from .multitask import DeepSupervisionLoss as DeepSupervisionLoss
+from .multitask import MultiTaskLoss as MultiTaskLoss
+from .multitask import SumLoss as SumLoss

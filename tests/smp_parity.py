@@ -1,0 +1,67 @@
+"""Helpers of the tests of decoders: a model of ours and one of SMP's with the same random weights, and what every model must hold."""
+import copy
+import pickle
+import warnings
+
+import torch
+from torch.testing import assert_close
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import segmentation_models_pytorch as smp
+
+torch.set_num_threads(1)
+aux = {"classes": 4, "pooling": "avg", "dropout": 0.}
+
+def randomise(model, seed=0):
+    "Fill every vector of the state dict: a lost bias or a swapped norm shows only where they are not zero and one"
+    generator = torch.Generator().manual_seed(seed)
+    for t in model.state_dict().values():
+        if t.dim() == 1: t.copy_(torch.rand(t.shape, generator=generator) + .5)
+    return model
+
+def outputs(model, x):
+    with torch.no_grad(): out = model.eval()(x)
+    return out if isinstance(out, tuple) else (out,)
+
+def same_as_smp(cls, size=(64, 96), theirs=None, **arguments):
+    "Load SMP's random checkpoint strictly, and compare all outputs"
+    arguments = {"encoder_name": "resnet18", "encoder_weights": None, "classes": 3, "aux_params": aux} | arguments
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = randomise(getattr(smp, cls.__name__)(**arguments | (theirs or {})))
+    ours, state = cls(**arguments), other.state_dict()
+    names = list(state)
+    missing = ours.load_state_dict(state)  # strict
+    assert not missing.missing_keys and not missing.unexpected_keys and list(state) == names
+    torch.manual_seed(0)
+    x = torch.randn(2, arguments.get("in_channels", 3), *size)
+    for a, b in zip(outputs(ours, x), outputs(other, x), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-5*b.abs().max().item())
+    return ours, other
+
+def trains(cls, size=(64, 64), batch=1, **arguments):
+    "One backward pass with both heads: every parameter has a gradient"
+    torch.manual_seed(0)
+    model = cls(**{"encoder_name": "resnet18", "encoder_weights": None, "classes": 2, "aux_params": aux} | arguments).train()
+    mask, label = model(torch.randn(batch, model.encoder.in_channels, *size))
+    (mask.square().mean() + label.square().mean()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    return model
+
+def check_sizes(cls, sizes=((64, 96), (65, 71), (100, 260), (33, 224), (1, 1)), **arguments):
+    "Any height and width in, the same out"
+    model = cls(**{"encoder_name": "resnet18", "encoder_weights": None, "classes": 2} | arguments)
+    for size in sizes: assert outputs(model, torch.randn(1, 3, *size))[0].shape == (1, 2, *size)
+
+def shape(cls, size, **arguments):
+    model = cls(**{"encoder_name": "resnet18", "encoder_weights": None, "classes": 2} | arguments)
+    return tuple(outputs(model, torch.randn(1, 3, *size))[0].shape)
+
+def survives(cls, **arguments):
+    "A copy and a pickle have the same outputs"
+    model = randomise(cls(encoder_name="resnet18", encoder_weights=None, classes=2, aux_params=aux, **arguments))
+    x = torch.randn(2, 3, 33, 50)
+    before = outputs(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for a, b in zip(outputs(other, x), before, strict=True): assert torch.equal(a, b)

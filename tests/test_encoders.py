@@ -1,0 +1,109 @@
+"""Encoders through the package: the words of the seed, errors, checkpoints, preprocessing without a network."""
+import pytest
+import torch
+from oracle import randomise, relative_error, smp
+from torch import nn
+
+import segkit
+from segkit.encoders import EncoderMixin, check_encoder, get_encoder, get_preprocessing_params, parameter_stages
+
+NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d",
+         "resnext101_32x16d", "resnext101_32x32d", "resnext101_32x48d"]
+
+
+class MyEncoder(nn.Module, EncoderMixin):
+    "As in SMP's documentation: the attributes are set in `__init__`, and `forward` looks at `_depth`"
+    def __init__(self, **kwargs):
+        super().__init__()
+        self._out_channels, self._depth, self._in_channels = [3, 16, 64, 128, 256, 512], 5, 3
+        self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(self._out_channels, self._out_channels[1:], strict=False))
+
+    def forward(self, x):
+        features = [x]
+        for stage in self.stages[:self._depth]: features.append(stage(features[-1]).relu())
+        return features
+
+
+@pytest.fixture
+def registered():
+    segkit.encoders.encoders["my_awesome_encoder"] = {
+        "encoder": MyEncoder,
+        "pretrained_settings": {"imagenet": {"mean": [0.5]*3, "std": [0.2]*3, "url": "https://example.com/mine.pth", "input_space": "RGB", "input_range": [0, 1]}},
+        "params": {}}
+    yield "my_awesome_encoder"
+    del segkit.encoders.encoders["my_awesome_encoder"]
+
+
+@pytest.mark.parametrize("depth", [3, 4, 5])
+def test_the_seed_words(registered, depth):
+    aux = dict(pooling="avg", dropout=0.5, activation="sigmoid", classes=4)
+    model = segkit.Unet(encoder_name=registered, encoder_depth=depth, encoder_weights=None, decoder_channels=(256, 128, 64, 32, 16)[:depth],
+                        classes=4, aux_params=aux)
+    mask, label = model(torch.randn(2, 3, 64, 96))
+    assert mask.shape == (2, 4, 64, 96) and label.shape == (2, 4) and 0 <= label.min() and label.max() <= 1
+    assert [type(m).__name__ for m in model.classification_head] == ["AdaptiveAvgPool2d", "Flatten", "Dropout", "Linear", "Activation"]
+    assert segkit.Unet(registered, depth, None, decoder_channels=(32,)*depth)(torch.randn(2, 3, 64, 64)).shape == (2, 1, 64, 64)
+
+
+def test_weights_from_the_url_of_the_settings(registered, tmp_path):
+    state = MyEncoder().state_dict()
+    torch.save(state, tmp_path/"mine.pth")
+    segkit.encoders.encoders[registered]["pretrained_settings"]["imagenet"]["url"] = (tmp_path/"mine.pth").as_uri()
+    for weights in ("imagenet", True, tmp_path/"mine.pth", state, lambda: state):
+        encoder = get_encoder(registered, weights=weights)
+        assert all(torch.equal(t, state[k]) for k, t in encoder.state_dict().items())
+    four = get_encoder(registered, in_channels=4, weights=True).stages[0].weight
+    assert torch.allclose(four, state["stages.0.weight"][:, [0, 1, 2, 0]]*3/4)
+    assert get_preprocessing_params(registered)["mean"] == [0.5]*3
+
+
+def test_offline_error_says_what_to_do(registered, monkeypatch, tmp_path):
+    monkeypatch.setenv("SEGKIT_CACHE", str(tmp_path)); monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match="example.com/mine.pth.*Looked in the cache.*pass a local file"): get_encoder(registered, weights="imagenet")
+
+
+@pytest.mark.parametrize("change, error, says", [
+    (lambda e: setattr(e, "_out_channels", [3, 16, 32, 128, 256, 512]), ValueError, r"level 2 is \(1, 64, 16, 16\), expected \(1, 32, 16, 16\)"),
+    (lambda e: setattr(e, "_out_channels", [3, 16]), ValueError, "needs 6 numbers in _out_channels"),
+    (lambda e: delattr(e, "_out_channels"), TypeError, "_out_channels is 'missing'"),
+    (lambda e: setattr(e.stages[3], "stride", (1, 1)), ValueError, r"level 4 is \(1, 256, 8, 8\), expected \(1, 256, 4, 4\)"),
+    (lambda e: setattr(e, "stages", e.stages[:3]), ValueError, "returned 4 maps, expected 6"),
+])
+def test_broken_contract_names_the_level(change, error, says):
+    encoder = MyEncoder(); change(encoder)
+    with pytest.raises(error, match=says): check_encoder(encoder)
+    with pytest.raises(error, match=says): segkit.Unet(encoder, encoder_weights=None)
+
+
+def test_parts_named_like_the_mixin_do_no_harm():
+    assert set(parameter_stages(MyEncoder()).values()) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_of_smp(name):
+    with torch.device("meta"):
+        theirs, ours = smp.encoders.get_encoder(name, weights=None).state_dict(), get_encoder(name).state_dict()
+    assert {k: t.shape for k, t in theirs.items()} == {k: t.shape for k, t in ours.items()}
+
+
+@pytest.mark.parametrize("name, output_stride", [("resnet18", 32), ("resnet18", 8), ("resnet50", 16), ("resnext50_32x4d", 32)])
+def test_features_of_smp(name, output_stride):
+    theirs = randomise(smp.encoders.get_encoder(name, weights=None, output_stride=output_stride)).eval()
+    ours = get_encoder(name, output_stride=output_stride).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad(): assert max(relative_error(a, b) for a, b in zip(ours(x), theirs(x), strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("kwargs, error, says", [
+    ({"name": "resnet43"}, KeyError, "did you mean 'resnet34'|did you mean"), ({"name": "tu-resnett18"}, KeyError, "timm has no model 'resnett18'; did you mean"),
+    ({"name": "resnet18", "weights": "imagnet"}, KeyError, "did you mean 'imagenet'"),
+    ({"name": "resnet18", "depth": 6}, ValueError, "depths 1 to 5"), ({"name": "resnet18", "depth": 0}, ValueError, "encoder_depth=0"),
+    ({"name": "resnet18", "output_stride": 4}, ValueError, "expected 8 or 16"),
+    ({"name": "resnet18", "weights": {"conv1.weight": torch.ones(64, 3, 7, 7)}}, ValueError, "of its .* tensors match.*Missing: bn1.weight"),
+    ({"name": "tu-vit_tiny_patch16_224"}, ValueError, "strides 16, 16, 16"),
+    ({"name": "tu-swin_tiny_patch4_window7_224", "output_stride": 8}, ValueError, "cannot be dilated"),
+    ({"name": nn.Conv2d(3, 3, 3)}, TypeError, "Conv2d is not an encoder"),
+])
+def test_errors_say_what_to_do(kwargs, error, says):
+    with pytest.raises(error, match=says): get_encoder(**kwargs)

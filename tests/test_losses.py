@@ -1,0 +1,343 @@
+"""Losses as the package exports them: against SMP where it is right, against dense float64 formulas where it is not."""
+import copy
+import math
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import segmentation_models_pytorch.losses as smp
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from segkit import losses
+
+REGION = {"DiceLoss": (.5, .5), "JaccardLoss": (1., 1.), "TverskyLoss": (.5, .5), "FocalTverskyLoss": (.3, .7)}
+WITH_MODE = [*REGION, "FocalLoss", "OHEMCrossEntropyLoss"]
+MODES = ["binary", "multiclass", "multilabel"]
+
+
+def data(mode, shape=(17, 13), b=2, c=4, dtype=torch.float32, seed=0):
+    """Logits and a hard target; one class in binary mode."""
+    torch.manual_seed(seed)
+    c = 1 if mode == "binary" else c
+    target = torch.randint(c, (b, *shape)) if mode == "multiclass" else torch.randint(2, (b, c, *shape))
+    return torch.randn(b, c, *shape, dtype=dtype) * 3, target
+
+
+def gradient(loss, logits, target):
+    logits = logits.detach().clone().requires_grad_()
+    value = loss(logits, target).sum()
+    return value, torch.autograd.grad(value, logits)[0]
+
+
+def make(name, mode, **options):
+    return getattr(losses, name)(mode, **options)
+
+
+# --- against SMP --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["DiceLoss", "JaccardLoss", "TverskyLoss", "FocalLoss"])
+@pytest.mark.parametrize("shape", [(17, 13), (40,), (4, 6, 5)])
+def test_equals_smp_in_single_precision(name, mode, shape):
+    logits, target = data(mode, shape)
+    ours, theirs = (gradient(getattr(library, name)(mode), logits, target) for library in (losses, smp))
+    assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("DiceLoss", dict(classes=[1, 3], log_loss=True, smooth=.5)),
+    ("DiceLoss", dict(class_weights=[1., 2., 0., 3.], classes=[0, 1])),
+    ("JaccardLoss", dict(log_loss=True, ignore_index=0)),
+    ("TverskyLoss", dict(alpha=.25, beta=.75, gamma=2., class_weights=[1., 2., 3., 4.])),
+    ("FocalLoss", dict(alpha=.25, gamma=3., ignore_index=2)),
+    ("FocalLoss", dict(normalized=True, reduced_threshold=.5, class_weights=[1., 2., 3., 4.])),
+])
+def test_equals_smp_with_options(name, options):
+    logits, target = data("multiclass", dtype=torch.float64)
+    ours, theirs = (gradient(getattr(library, name)("multiclass", **options), logits, target) for library in (losses, smp))
+    assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_positional_arguments_have_smps_order():
+    logits, target = data("multiclass")
+    region = ("multiclass", [0, 1], True, True, .5, 2, 1e-3)
+    for name, arguments in {"DiceLoss": (*region, [1., 2., 3., 4.]), "JaccardLoss": (*region, [1., 2., 3., 4.]),
+                            "TverskyLoss": (*region, .25, .5, 2., [1., 2., 3., 4.]),
+                            "FocalLoss": ("multiclass", .25, 1.5, 2, True, 1e-3, "sum", True, .5, [1., 2., 3., 4.])}.items():
+        assert_close(*(getattr(library, name)(*arguments)(logits, target) for library in (losses, smp)), rtol=1e-5, atol=1e-5)
+    assert_close(*(library.SoftCrossEntropyLoss("sum", .1, None, 1)(logits, target) for library in (losses, smp)))
+    logits, target = data("multilabel")
+    weight, pos_weight = torch.rand(4, 1, 1), torch.rand(4, 1, 1)
+    assert_close(*(library.SoftBCEWithLogitsLoss(weight, None, "sum", .1, pos_weight)(logits, target.float()) for library in (losses, smp)))
+
+
+def test_sums_of_single_precision_are_closer_to_the_exact_value_than_smps():
+    logits, target = data("multiclass", (256, 256), c=21)
+    exact = smp.DiceLoss("multiclass")(logits.double(), target)
+    error = [abs(library.DiceLoss("multiclass")(logits, target) - exact).item() for library in (losses, smp)]
+    assert error[0] < 1e-6 < error[1]
+
+
+# --- against dense formulas ---------------------------------------------------------------------------------------
+
+def dense_region(logits, target, mode, alpha, beta, void, power=1.):
+    """Value of a region loss in float64, from dense tensors; soft targets allowed."""
+    logits = logits.double()
+    p = logits.softmax(1) if mode == "multiclass" else logits.sigmoid()
+    counted = target != void
+    t = target.masked_fill(~counted, 0)
+    if mode == "multiclass" and target.ndim < logits.ndim:
+        t, counted = F.one_hot(t, logits.shape[1]).movedim(-1, 1), counted.unsqueeze(1)
+    axes = (0, *range(2, logits.ndim))
+    p, t = p * counted, t.double() * counted
+    overlap = torch.minimum(p, t).sum(axes)
+    score = overlap / (overlap + alpha*(p.sum(axes) - overlap) + beta*(t.sum(axes) - overlap)).clamp_min(1e-7)
+    return ((1 - score).clamp_min(0)**power * (t.sum(axes) > 0)).mean()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", REGION)
+def test_region_over_many_pieces_with_void(name, mode):
+    logits, target = data(mode, (400, 331), c=5, b=3)
+    target[:, ..., :30] = 255
+    exponent = .75 if name == "FocalTverskyLoss" else 1.
+    exact = dense_region(logits, target, mode, *REGION[name], 255, exponent)
+    assert_close(make(name, mode, ignore_index=255)(logits, target).double(), exact, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_soft_targets(mode):
+    logits, _ = data(mode)
+    soft = torch.rand_like(logits).softmax(1) if mode == "multiclass" else torch.rand_like(logits)
+    for name, weights in REGION.items():
+        power = .75 if name == "FocalTverskyLoss" else 1.
+        assert_close(make(name, mode)(logits, soft).double(), dense_region(logits, soft, mode, *weights, -1, power), rtol=0, atol=1e-6)
+    if mode == "multiclass":
+        assert_close(losses.SoftCrossEntropyLoss()(logits, soft), F.cross_entropy(logits, soft))
+    else:
+        assert_close(losses.SoftBCEWithLogitsLoss()(logits, soft), F.binary_cross_entropy_with_logits(logits, soft))
+        assert_close(make("FocalLoss", mode)(logits, soft), smp.FocalLoss(mode)(logits, soft))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_focal_over_many_pieces_with_void(activation):
+    logits, target = data("multiclass", (301, 300), c=5, b=2)
+    target[:, :40] = 255
+    x, keep = logits.double().movedim(1, -1)[target != 255], target[target != 255]
+    if activation == "softmax":
+        p = x.softmax(1).gather(1, keep[:, None])
+        exact = (-(1 - p)**2 * p.log()).mean()
+    else:
+        yes = F.one_hot(keep, 5).bool()
+        p = torch.where(yes, x.sigmoid(), (-x).sigmoid())
+        exact = (-(1 - p)**2 * torch.where(yes, F.logsigmoid(x), F.logsigmoid(-x))).mean()
+    loss = losses.FocalLoss("multiclass", ignore_index=255, activation=activation)
+    assert_close(loss(logits, target).double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("threshold, min_kept", [(.7, 1/16), (.01, .3), (.2, .02), (1e-6, 1.)])
+def test_hard_examples(threshold, min_kept):
+    logits, target = data("multiclass")
+    target[:, :9] = 255
+    entries = F.cross_entropy(logits, target, ignore_index=255, reduction="none")[target != 255].sort(descending=True).values
+    kept = max(math.ceil(min_kept * len(entries)), (entries >= -math.log(threshold)).sum())
+    assert_close(losses.OHEMCrossEntropyLoss("multiclass", threshold, min_kept, 255)(logits, target), entries[:kept].mean())
+
+
+# --- what holds for every loss ------------------------------------------------------------------------------------
+
+def every_loss(**options):
+    for mode in MODES:
+        for name in WITH_MODE: yield mode, make(name, mode, **options)
+    yield "multiclass", losses.FocalLoss("multiclass", activation="softmax", **options)
+    yield "multiclass", losses.SoftCrossEntropyLoss(**options)
+    yield "binary", losses.SoftBCEWithLogitsLoss(**options)
+    yield "multilabel", losses.SoftBCEWithLogitsLoss(**options)
+
+
+def test_void_pixels_have_no_effect_and_get_no_gradient():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode)
+        target[..., 3:6] = 255
+        other = logits.clone()
+        other[..., 3:6] = 100 * torch.randn_like(other[..., 3:6])
+        ours, changed = gradient(loss, logits, target), gradient(loss, other, target)
+        assert_close(ours, changed, rtol=0, atol=0)
+        assert (ours[1][..., 3:6] == 0).all() and (ours[1][..., :3] != 0).any()
+        if mode == "multiclass": assert_close(ours[0], loss(*(t[..., [*range(3), *range(6, 13)]] for t in (logits, target))), rtol=1e-6, atol=0)
+
+
+def test_nothing_counts():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode)
+        for reduction in loss.reductions:
+            loss.reduction = reduction
+            value, slope = gradient(loss, logits, torch.full_like(target, 255))
+            assert value == 0 and (slope == 0).all(), (loss, loss.reduction)
+
+
+def test_reduction_none_is_each_image_alone():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode, b=3)
+        target[0, ..., 3:9] = 255
+        alone = torch.stack([loss(a[None], b[None]) for a, b in zip(logits, target)])
+        loss.reduction = "none"
+        assert loss(logits, target).shape == (3,)
+        assert_close(loss(logits, target), alone)
+        if "pixel" not in loss.reductions:
+            loss.reduction = "sum"
+            assert_close(loss(logits, target), alone.sum())
+
+
+def test_integer_types_and_bools():
+    for mode, loss in every_loss():
+        logits, target = data(mode)
+        value = loss(logits, target)
+        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) + ((torch.bool, torch.float32, torch.float16) if mode != "multiclass" else ()):
+            assert_close(loss(logits, target.to(dtype)), value, rtol=0, atol=0)
+
+
+def test_binary_shapes():
+    logits, target = data("binary")
+    for mode, loss in every_loss():
+        if mode != "binary": continue
+        value = loss(logits, target)
+        for x in (logits, logits[:, 0]):
+            for y in (target, target[:, 0]): assert_close(loss(x, y), value, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_of_full_size(dtype):
+    torch.manual_seed(0)
+    x, y = (torch.randn(8, 1, 512, 512) * 60).to(dtype), torch.randint(2, (8, 512, 512))
+    for mode, loss in every_loss():
+        if mode == "multilabel": continue
+        logits = x if mode == "binary" else torch.cat([x, -x], 1)[:2]
+        target = y if mode == "binary" else y[:2]
+        exact = loss(logits.double(), target).item()
+        logits = logits.detach().requires_grad_()
+        value = loss(logits, target)
+        (value * 2**16).backward()
+        assert value.dtype == torch.float32 and logits.grad.dtype == dtype
+        assert logits.grad.isfinite().all() and (logits.grad != 0).any()
+        assert math.isclose(value.item(), exact, rel_tol=1e-4), loss
+
+
+def test_gradcheck():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode, (3, 4), dtype=torch.float64)
+        target[0, ..., 1] = 255
+        for reduction in loss.reductions:
+            loss.reduction = reduction
+            assert torch.autograd.gradcheck(lambda x, loss=loss, target=target: loss(x, target), logits.requires_grad_())
+
+
+def test_probabilities_in_place_of_logits():
+    for mode, loss in every_loss():
+        if type(loss).__name__.startswith("Soft"): continue
+        logits, target = data(mode, dtype=torch.float64)
+        given = copy.deepcopy(loss)
+        given.from_logits = False
+        probs = loss.activation(logits)
+        before = probs.clone()
+        assert_close(given(probs, target), loss(logits, target), rtol=1e-4, atol=1e-6)
+        gradient(given, probs, target)
+        assert_close(probs, before, rtol=0, atol=0)
+
+
+def test_inputs_stay_as_they_are():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode)
+        target[..., 2] = 255
+        before = logits.clone(), target.clone()
+        loss(logits.requires_grad_(), target).backward()
+        assert_close((logits.detach(), target), before, rtol=0, atol=0)
+
+
+def test_channels_last_and_slices():
+    for mode, loss in every_loss():
+        logits, target = data(mode)
+        wide = torch.randn(2, logits.shape[1], 20, 20)
+        wide[..., 2:19, 3:16] = logits
+        expected = gradient(loss, logits, target)
+        assert_close(gradient(loss, logits.contiguous(memory_format=torch.channels_last), target), expected, rtol=1e-5, atol=1e-7)
+        x = wide.requires_grad_()
+        assert_close(torch.autograd.grad(loss(x[..., 2:19, 3:16], target), x)[0][..., 2:19, 3:16], expected[1], rtol=1e-5, atol=1e-7)
+
+
+def test_graph_can_be_kept_and_differentiated_again():
+    logits, target = data("multiclass", (5, 4), dtype=torch.float64)
+    for name in ("DiceLoss", "FocalLoss"):
+        x, hessians = logits.clone().requires_grad_(), []
+        for library in (losses, smp):
+            value = getattr(library, name)("multiclass")(x, target)
+            first, = torch.autograd.grad(value, x, retain_graph=True)
+            kept = first.clone()
+            second, = torch.autograd.grad(value, x, create_graph=True)
+            assert_close((first, second), (kept, kept))
+            hessians.append(torch.autograd.grad((second**2).sum(), x)[0])
+        assert_close(*hessians)
+
+
+def test_autocast_changes_nothing():
+    for mode, loss in every_loss():
+        logits, target = data(mode)
+        expected = gradient(loss, logits, target)
+        with torch.autocast("cpu", torch.bfloat16): found = gradient(loss, logits, target)
+        assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_weights_are_buffers():
+    loss = losses.DiceLoss("multiclass", class_weights=[1, 2, 3, 4], classes=[1, 2])
+    assert loss.state_dict()["class_weights"].tolist() == [1, 2, 3, 4]
+    assert {t.device.type for t in loss.to("meta").buffers()} == {"meta"}
+    assert losses.FocalLoss("multiclass", alpha=[.1, .2]).to("meta").alpha.device.type == "meta"
+    fresh = losses.DiceLoss("multiclass", class_weights=[1, 1, 1, 1], classes=[1, 2])
+    fresh.load_state_dict(losses.DiceLoss("multiclass", class_weights=[1, 2, 3, 4]).state_dict())
+    assert fresh.class_weights.tolist() == [1, 2, 3, 4]
+    for mode, loss in every_loss():
+        logits, target = data(mode)
+        for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)): assert other(logits, target) == loss(logits, target)
+
+
+@pytest.mark.parametrize("name", ["DiceLoss", "FocalLoss", "OHEMCrossEntropyLoss"])
+def test_compiles(name):
+    logits, target = data("multiclass", (6, 5))
+    loss = make(name, "multiclass", ignore_index=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(loss, backend="eager")
+        assert_close(gradient(compiled, logits, target), gradient(loss, logits, target))
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+def test_errors_in_words():
+    for name in WITH_MODE:
+        with pytest.raises(ValueError, match="mode='multi-label'.*did you mean 'multilabel'"): make(name, "multi-label")
+        with pytest.raises(ValueError, match="reduction='avg'"): make(name, "binary", reduction="avg")
+        with pytest.raises(ValueError, match="class_weights"): make(name, "binary", class_weights=[1.])
+        for mode in MODES:
+            logits, target = data(mode)
+            loss = make(name, mode)
+            with pytest.raises(ValueError, match="y_true must hold"): loss(logits, target + 250)
+            with pytest.raises(ValueError, match=r"y_pred \(2, .*, 17, 13\) and y_true \(1"): loss(logits, target[:1])
+            with pytest.raises(ValueError, match="y_true"): loss(logits, target[..., :-1])
+            with pytest.raises(TypeError, match="floating-point"): loss(logits.long(), target)
+        with pytest.raises(TypeError, match="integer dtype"): make(name, "multiclass")(*[t.float() for t in data("multiclass")])
+
+
+def test_imports_are_light():
+    code = ("import sys, segkit.losses as l; assert 'torch' not in sys.modules; l.DiceLoss; l.FocalLoss; "
+            "assert not {'fastai', 'timm', 'torchvision', 'scipy', 'sklearn', 'matplotlib'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_lazy_names_resolve():
+    for name in losses.__all__: assert getattr(losses, name) is not None
+    assert not {"base", "region", "distribution"} & set(losses.__all__)

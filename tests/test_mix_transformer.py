@@ -1,0 +1,101 @@
+"""Mix Transformers: SMP's tensors load strictly and give SMP's features, level by level."""
+import pytest
+import torch
+from oracle import randomise, relative_error, smp, without_gradient
+
+from segkit import Unet
+from segkit.core.registry import encoders
+from segkit.encoders.base import check_encoder, get_encoder, parameter_stages
+from segkit.encoders.mix_transformer import DropPath, EfficientSelfAttention
+
+torch.set_num_threads(1)
+NAMES = [f"mit_b{i}" for i in range(6)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mit_b0", "mit_b1"])
+@pytest.mark.parametrize("size", [(64, 96), (128, 160), (65, 71)])
+def test_features_equal_smp(name, size):
+    torch.manual_seed(0)
+    theirs = randomise(smp.encoders.get_encoder(name, weights=None)).double().eval()
+    ours = get_encoder(name).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    a, b = ours(x), theirs(x)
+    assert len(a) == len(b) == 6 and a[0] is x
+    for level, (p, q) in enumerate(zip(a, b)):
+        if level == 1: assert p.shape[1] == 0
+        else: assert p.shape == q.shape and relative_error(p, q) < 1e-10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_have_the_names_shapes_and_order_of_smp(name):
+    with torch.device("meta"): ours = get_encoder(name)
+    theirs = smp.encoders.get_encoder(name, weights=None).state_dict()
+    assert [(k, t.shape) for k, t in ours.state_dict().items()] == [(k, t.shape) for k, t in theirs.items()]
+    assert ours.out_channels == [3, 0, *([32, 64, 160, 256] if name == "mit_b0" else [64, 128, 320, 512])]
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4, 5])
+def test_contract_at_each_depth(depth):
+    encoder = get_encoder("mit_b0", depth=depth)
+    check_encoder(encoder)
+    assert len(parameter_stages(encoder)) == len(list(encoder.parameters()))
+    whole = get_encoder("mit_b0").state_dict()
+    assert {k: tuple(t.shape) for k, t in whole.items()} == encoder.unused_tensors()
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_other_channels(channels):
+    encoder = get_encoder("mit_b0", in_channels=channels).eval()
+    assert encoder.out_channels[0] == channels and encoder(torch.randn(1, channels, 64, 64))[0].shape[1] == channels
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 100), (33, 47)])
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_any_size(size, depth):
+    maps = get_encoder("mit_b0", depth=depth).eval()(torch.randn(1, 3, *size))
+    for level, f in enumerate(maps): assert f.shape[-2:] == (-(-size[0]//2**level), -(-size[1]//2**level))
+
+
+def test_in_a_unet():
+    model = Unet("mit_b0", encoder_weights=None, aux_params={"classes": 2})
+    assert without_gradient(model) == []
+    assert model.eval()(torch.randn(1, 3, 65, 71))[0].shape == (1, 1, 65, 71)
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_images():
+    torch.manual_seed(0)
+    drop, x = DropPath(.25).train(), torch.ones(4000, 2, 3)
+    y = drop(x)
+    values = y.flatten(1)
+    assert (values == values[:, :1]).all() and set(values[:, 0].tolist()) == {0., torch.tensor(1/.75).item()}
+    assert abs(y.mean().item() - 1) < .03
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_drop_path_grows_with_the_block():
+    rates = [m.rate for m in get_encoder("mit_b0").modules() if isinstance(m, DropPath)]
+    assert rates == pytest.approx([.1*i/7 for i in range(8)])
+
+
+def test_attention_against_softmax_written_out():
+    torch.manual_seed(0)
+    attention, x = EfficientSelfAttention(12, 3, 2).double(), torch.randn(2, 4, 6, 12, dtype=torch.float64)
+    r = attention.norm(attention.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).reshape(2, 6, 12)
+    q, (k, v) = attention.q(x).reshape(2, 24, 12), attention.kv(r).split(12, dim=-1)
+    parts = [(q[..., i:i+4] @ k[..., i:i+4].mT/2).softmax(-1) @ v[..., i:i+4] for i in (0, 4, 8)]
+    assert torch.allclose(attention(x), attention.proj(torch.cat(parts, -1)).reshape(x.shape), rtol=0, atol=1e-12)
+
+
+def test_weights_and_licence():
+    for name in NAMES:
+        settings = encoders[name]["pretrained_settings"]["imagenet"]
+        assert settings["repo_id"] == f"smp-hub/{name}.imagenet" and len(settings["revision"]) == 40 and "no commercial" in settings["license"]
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="use a depth of 2, 3, 4 or 5"): get_encoder("mit_b0", depth=1)
+    with pytest.raises(ValueError, match="cannot be dilated"): get_encoder("mit_b0", output_stride=16)
+    with pytest.raises(TypeError, match="has no argument 'widhts'; did you mean 'widths'"): get_encoder("mit_b0", widhts=3)
+    with pytest.raises(KeyError, match="imagenet"): get_encoder("mit_b0", weights="imagnet")

@@ -1,0 +1,102 @@
+"""What must hold for every architecture in the table, whatever it is called."""
+import copy
+import pickle
+
+import pytest
+import torch
+from oracle import AUX, without_gradient
+from torch.export import Dim, export
+
+import segkit
+from segkit.core.registry import architectures
+
+SMALL = {"encoder_name": "resnet18", "encoder_weights": None}
+ENCODERS = {"dpt": "tu-vit_tiny_patch16_224"}  # architectures that do not take a ResNet
+DIVISION = {"pspnet", "upernet", "pan"}  # their pooling does not export with a free height and width yet
+
+
+def build(arch, **kwargs):
+    return segkit.create_model(arch, **SMALL | ({"encoder_name": ENCODERS[arch]} if arch in ENCODERS else {}) | kwargs)
+
+
+every = pytest.mark.parametrize("arch", sorted(architectures))
+sized = pytest.mark.parametrize("arch", sorted(set(architectures) - set(ENCODERS)))
+
+
+@sized
+def test_any_size_in_the_same_size_out(arch):
+    model = build(arch, classes=2, aux_params=AUX).eval()
+    with torch.no_grad():
+        for size in [(65, 71), (100, 260), (33, 224), (64, 64)]:
+            mask, label = model(torch.randn(1, 3, *size))
+            assert mask.shape == (1, 2, *size) and label.shape == (1, 3)
+
+
+@sized
+def test_trains_on_a_batch_of_one(arch):
+    mask, label = build(arch, aux_params=AUX).train()(torch.randn(1, 3, 64, 64))
+    (mask.sum() + label.sum()).backward()
+
+
+@sized
+def test_every_parameter_gets_a_gradient(arch): assert without_gradient(build(arch, aux_params=AUX)) == []
+
+
+@sized
+def test_copies_give_the_same_result(arch):
+    model, x = build(arch, classes=2).eval(), torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert pickle.loads(pickle.dumps(model)).config == model.config
+
+
+@sized
+def test_frozen_encoder_does_not_move(arch):
+    model = build(arch)
+    model.freeze_encoder()
+    before = {k: t.clone() for k, t in model.encoder.state_dict().items()}
+    model.train()(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert all(torch.equal(t, before[k]) for k, t in model.encoder.state_dict().items())
+    assert all(p.grad is None for p in model.encoder.parameters())
+    assert any(p.grad is not None for p in model.decoder.parameters())
+
+
+@sized
+def test_channels_last_stays(arch):
+    model = build(arch, classes=4).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        out = model(x)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(out, build_like(model)(x.contiguous()), atol=1e-3)
+
+
+def build_like(model):
+    "The same model and weights in the ordinary memory format"
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+
+
+@sized
+def test_exports_with_free_sizes(arch, request):
+    if arch in DIVISION: request.applymarker(pytest.mark.xfail(strict=True, reason="adaptive pooling is specialised to a size"))
+    model = build(arch, classes=2, aux_params=AUX).eval()
+    free = {0: Dim("b", min=1, max=64), 2: Dim("h", min=33, max=4096), 3: Dim("w", min=33, max=4096)}
+    exported = export(model, (torch.randn(2, 3, 65, 71),), dynamic_shapes=(free,)).module()
+    x = torch.randn(3, 3, 96, 130)
+    with torch.no_grad():
+        for a, b in zip(exported(x), model(x), strict=True): assert torch.allclose(a, b, atol=1e-4)
+
+
+@every
+def test_bad_arguments(arch):
+    with pytest.raises(TypeError, match="did you mean 'in_channels'"): build(arch, in_chanels=3)
+    with pytest.raises(TypeError, match="did you mean 'classes'"): build(arch, aux_params={"class": 3})
+    with pytest.raises(ValueError, match="encoder_depth=0"): build(arch, encoder_depth=0)
+
+
+def test_names_of_the_table_are_exported():
+    assert {cls.__name__ for cls in architectures.values()} <= set(segkit.__all__)
+    assert all(cls.__name__.lower() == name for name, cls in architectures.items())
+    with pytest.raises(KeyError, match="did you mean 'unet'"): segkit.create_model("unett")
