@@ -1,7 +1,7 @@
 """PSPNet against SMP, at every depth, size and option"""
 import pytest
 import torch
-from smp_parity import check_sizes, same_as_smp, shape, survives, trains
+from oracle import check_sizes, same_as_smp, shape, survives, trains
 from torch.testing import assert_close
 
 from segkit.decoders.pspnet import GridMean, PSPNet, grid_means

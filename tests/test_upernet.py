@@ -1,6 +1,6 @@
 """UPerNet against SMP, at every depth, size and option"""
 import pytest
-from smp_parity import check_sizes, same_as_smp, shape, survives, trains
+from oracle import check_sizes, same_as_smp, shape, survives, trains
 
 from segkit.decoders.upernet import UPerNet
 
