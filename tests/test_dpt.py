@@ -3,9 +3,10 @@ import warnings
 
 import pytest
 import torch
-from oracle import AUX, assert_same, without_gradient
+from oracle import AUX, assert_same, relative_error, without_gradient
+from torch.export import Dim, export
 
-from segkit.decoders.dpt import DPT, FusionBlock, ReadoutConcatBlock
+from segkit.decoders.dpt import DPT, FusionBlock, ReadoutAddBlock, ReadoutConcatBlock
 
 torch.set_num_threads(1)
 TINY = "tu-vit_tiny_patch16_224"
@@ -37,7 +38,7 @@ def test_equals_smp_at_default_widths():
 @pytest.mark.parametrize("readout", ["cat", "add", "ignore"])
 @pytest.mark.parametrize("name", ["tu-resnet18", "tu-vit_tiny_r_s16_p8_224", "tu-vit_small_patch16_dinov3"])
 def test_equals_smp_with_other_encoders(name, readout):
-    if name.endswith("dinov3") and readout != "cat": return
+    if name.endswith("dinov3") and readout == "ignore": return
     check_parity(encoder_name=name, decoder_readout=readout, size=(256, 256) if name.endswith("dinov3") else (224, 224))
 
 
@@ -78,6 +79,21 @@ def test_the_readout_by_hand():
     block, x, prefix = ReadoutConcatBlock(6).double(), torch.randn(2, 6, 3, 4).double(), torch.randn(2, 3, 6).double()
     both = torch.cat([x.permute(0, 2, 3, 1), prefix[:, 0, None, None].expand(2, 3, 4, 6)], -1)
     torch.testing.assert_close(block(x, prefix), block.project(both).permute(0, 3, 1, 2), rtol=0, atol=1e-12)
+
+
+def test_add_takes_the_mean_of_all_tokens():
+    x, prefix = torch.randn(2, 6, 3, 4), torch.randn(2, 3, 6)
+    torch.testing.assert_close(ReadoutAddBlock()(x, prefix), x + ((prefix[:, 0] + prefix[:, 1] + prefix[:, 2])/3)[..., None, None])
+    assert ReadoutAddBlock()(x, None) is x
+
+
+def test_exports_with_free_sizes():
+    model = build(aux_params=AUX).eval()
+    free = {0: Dim("b", min=1, max=64), 2: Dim("h", min=33, max=4096), 3: Dim("w", min=33, max=4096)}
+    exported = export(model, (torch.randn(2, 3, 65, 71),), dynamic_shapes=(free,)).module()
+    x = torch.randn(3, 3, 96, 130)
+    with torch.no_grad():
+        for a, b in zip(exported(x), model(x), strict=True): assert relative_error(a, b) < 1e-4
 
 
 def test_freezes_by_stage():

@@ -54,7 +54,9 @@ class EfficientSelfAttention(nn.Module):
     ) -> Tensor: # Tokens that are attended to `(b, h/reduction, w/reduction, c)`
         "One token for each region"
         if self.reduction == 1: return x
-        x = pad_to_least(x.permute(0, 3, 1, 2), self.reduction)
+        x = x.permute(0, 3, 1, 2)
+        # written as comparisons, so that an exported model can tell from the range of its sizes that they are all large enough
+        if x.shape[2] < self.reduction or x.shape[3] < self.reduction: x = pad_to_least(x, self.reduction)
         return self.norm(self.sr(x).permute(0, 2, 3, 1))
 
     def forward(self,
@@ -162,7 +164,7 @@ class MixVisionTransformerEncoder(nn.Module, EncoderMixin):
         features = [x, x.new_empty(b, 0, -(-h//2), -(-w//2))]
         for s in range(1, self._depth):
             embed, blocks, norm = (self.get_submodule(f"{part}{s}") for part in ("patch_embed", "block", "norm"))
-            x = norm(blocks(embed(x))).permute(0, 3, 1, 2)
+            x = norm(blocks(embed(x))).permute(0, 3, 1, 2).contiguous()
             features.append(x)
         return features
 
