@@ -1,12 +1,16 @@
 """SMP as an oracle: the same weights in, the same numbers out."""
+import copy
+import pickle
 import warnings
 
 import torch
+from torch.testing import assert_close
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import segmentation_models_pytorch as smp
 
+aux = {"classes": 4, "pooling": "avg", "dropout": 0.}
 AUX = dict(classes=3, pooling="max", dropout=0.3, activation="sigmoid")
 
 
@@ -44,3 +48,55 @@ def without_gradient(model, size=(64, 64)):
     out = model(torch.randn(2, model.encoder.in_channels, *size))
     sum(t.square().mean() for t in (out if isinstance(out, tuple) else (out,))).backward()
     return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def outputs(model, x):
+    with torch.no_grad(): out = model.eval()(x)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def same_as_smp(cls, size=(64, 96), theirs=None, **arguments):
+    "Load SMP's random checkpoint strictly, and compare all outputs"
+    arguments = {"encoder_name": "resnet18", "encoder_weights": None, "classes": 3, "aux_params": aux} | arguments
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = randomise(getattr(smp, cls.__name__)(**arguments | (theirs or {})))
+    ours, state = cls(**arguments), other.state_dict()
+    names = list(state)
+    missing = ours.load_state_dict(state)  # strict
+    assert not missing.missing_keys and not missing.unexpected_keys and list(state) == names
+    torch.manual_seed(0)
+    x = torch.randn(2, arguments.get("in_channels", 3), *size)
+    for a, b in zip(outputs(ours, x), outputs(other, x), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-5*b.abs().max().item())
+    return ours, other
+
+
+def trains(cls, size=(64, 64), batch=1, **arguments):
+    "One backward pass with both heads: every parameter has a gradient"
+    torch.manual_seed(0)
+    model = cls(**{"encoder_name": "resnet18", "encoder_weights": None, "classes": 2, "aux_params": aux} | arguments).train()
+    mask, label = model(torch.randn(batch, model.encoder.in_channels, *size))
+    (mask.square().mean() + label.square().mean()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    return model
+
+
+def check_sizes(cls, sizes=((64, 96), (65, 71), (100, 260), (33, 224), (1, 1)), **arguments):
+    "Any height and width in, the same out"
+    model = cls(**{"encoder_name": "resnet18", "encoder_weights": None, "classes": 2} | arguments)
+    for size in sizes: assert outputs(model, torch.randn(1, 3, *size))[0].shape == (1, 2, *size)
+
+
+def shape(cls, size, **arguments):
+    model = cls(**{"encoder_name": "resnet18", "encoder_weights": None, "classes": 2} | arguments)
+    return tuple(outputs(model, torch.randn(1, 3, *size))[0].shape)
+
+
+def survives(cls, **arguments):
+    "A copy and a pickle have the same outputs"
+    model = randomise(cls(encoder_name="resnet18", encoder_weights=None, classes=2, aux_params=aux, **arguments))
+    x = torch.randn(2, 3, 33, 50)
+    before = outputs(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for a, b in zip(outputs(other, x), before, strict=True): assert torch.equal(a, b)

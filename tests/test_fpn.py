@@ -1,6 +1,6 @@
 """FPN against SMP, at every depth, size and option"""
 import pytest
-from smp_parity import check_sizes, same_as_smp, shape, survives, trains
+from oracle import check_sizes, same_as_smp, shape, survives, trains
 
 from segkit.decoders.fpn import FPN
 
@@ -10,6 +10,7 @@ from segkit.decoders.fpn import FPN
     {"decoder_pyramid_channels": 96, "decoder_segmentation_channels": 64, "decoder_dropout": .5},
     {"in_channels": 5, "activation": "sigmoid", "aux_params": None},
     {"encoder_name": "tu-convnext_atto"}, {"encoder_name": "tu-convnext_atto", "decoder_merge_policy": "cat"},
+    {"encoder_name": "mit_b0"}, {"encoder_name": "tu-vgg11_bn"}, {"encoder_name": "resnet50"},
 ], ids=str)
 def test_same_as_smp(arguments): same_as_smp(FPN, **arguments)
 

@@ -119,6 +119,13 @@ def test_classes_come_from_the_codes_and_labels_from_the_label_block(pair):
 def test_architecture_by_name_and_by_class(files, arch):
     assert isinstance(segmentation_learner(loaders(files, None), arch, **SMALL).model, Unet)
 
+def test_architecture_of_segmentation_models_pytorch(files):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    learn = quiet(segmentation_learner(loaders(files), smp.Unet, aux_params={}, **SMALL))
+    learn.freeze()
+    learn.fit(1)
+    assert len(learn.opt.param_lists) == 3 and not any(p.requires_grad for p in learn.model.encoder.parameters())
+
 def test_unknown_architecture_proposes_a_name(files):
     with pytest.raises(ValueError, match="Unet"): segmentation_learner(loaders(files, None), "Unett", **SMALL)
 
@@ -452,7 +459,8 @@ def test_splitter_covers_every_parameter_once():
 @pytest.mark.parametrize("name", sorted(architectures))
 def test_every_architecture_trains_and_predicts_a_pair(files, name):
     dls = loaders(files, item_tfms=Resize(64))
-    learn = quiet(segmentation_learner(dls, name, "resnet18", encoder_weights=None, aux_params={}))
+    encoder_name = "tu-vit_tiny_patch16_224" if name == "dpt" else "resnet18"  # DPT reads the blocks of a plain transformer
+    learn = quiet(segmentation_learner(dls, name, encoder_name, encoder_weights=None, aux_params={}))
     assert len(learn.opt.param_lists) == 3
     learn.freeze()
     encoder = {k: v.clone() for k, v in learn.model.encoder.state_dict().items()}

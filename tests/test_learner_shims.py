@@ -55,7 +55,7 @@ class Oracle(nn.Module):
     def forward(self, x): return -(x[:, :1]*255 - 60*torch.arange(4.)[:, None, None]).abs()*self.one
 
 def test_tta_646():
-    masks = [mask for _, mask in shapes_dataloaders(n=2, n_valid=4, size=16, labels=None, bs=2).items]
+    masks = [mask for _, mask in shapes_dataloaders(n=4, n_valid=2, size=16, labels=None, bs=2).items]
     items = [(np.stack([60*mask]*3, -1).astype(np.uint8), mask) for mask in masks]
     block = DataBlock([ImageBlock, MaskBlock(list("abcd"))], n_inp=1, get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter([0, 1]),
                       batch_tfms=Flip(p=1.))

@@ -1,7 +1,7 @@
 """Linknet against SMP, at every depth, size and option"""
 import pytest
 import torch
-from smp_parity import check_sizes, same_as_smp, shape, survives, trains
+from oracle import check_sizes, same_as_smp, shape, survives, trains
 
 from segkit.decoders.linknet import Linknet
 
@@ -10,6 +10,7 @@ norms = ["batchnorm", True, "groupnorm", "layernorm", "instancenorm", "identity"
 @pytest.mark.parametrize("arguments", [
     {}, {"decoder_use_norm": "identity"}, {"decoder_use_norm": {"type": "instancenorm", "affine": True}},
     {"in_channels": 5, "activation": "sigmoid", "aux_params": None}, {"encoder_name": "tu-convnext_atto"},
+    {"encoder_name": "tu-vgg11_bn"}, {"encoder_name": "resnet50"},
 ], ids=str)
 def test_same_as_smp(arguments): same_as_smp(Linknet, **arguments)
 
@@ -20,6 +21,7 @@ def test_same_as_smp_at_depth(encoder, depth): same_as_smp(Linknet, encoder_name
 def test_any_size(depth): check_sizes(Linknet, encoder_depth=depth)
 
 def test_missing_level():
+    assert shape(Linknet, (65, 71), encoder_name="mit_b0") == (1, 2, 65, 71)  # SMP refuses it
     assert shape(Linknet, (65, 71), encoder_name="tu-convnext_atto", encoder_depth=2) == (1, 2, 65, 71)
     with pytest.raises(ValueError, match="no map at stride 2.*use a depth from 2 to 5"):
         Linknet("tu-convnext_atto", encoder_weights=None, encoder_depth=1)

@@ -1,7 +1,7 @@
 """PSPNet against SMP, at every depth, size and option"""
 import pytest
 import torch
-from smp_parity import check_sizes, same_as_smp, shape, survives, trains
+from oracle import check_sizes, same_as_smp, shape, survives, trains
 from torch.testing import assert_close
 
 from segkit.decoders.pspnet import GridMean, PSPNet, grid_means
@@ -12,6 +12,7 @@ norms = ["batchnorm", True, "groupnorm", "layernorm", "instancenorm", "identity"
     {}, {"decoder_use_norm": "identity"}, {"decoder_use_norm": {"type": "instancenorm", "affine": True}},
     {"psp_out_channels": 64, "psp_dropout": .5},
     {"in_channels": 5, "activation": "sigmoid", "aux_params": None}, {"encoder_name": "tu-convnext_atto"}, {"size": (48, 80)},
+    {"encoder_name": "mit_b0"}, {"encoder_name": "tu-vgg11_bn"}, {"encoder_name": "resnet50"},
 ], ids=str)
 def test_same_as_smp(arguments): same_as_smp(PSPNet, **arguments)
 

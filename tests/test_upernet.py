@@ -1,6 +1,6 @@
 """UPerNet against SMP, at every depth, size and option"""
 import pytest
-from smp_parity import check_sizes, same_as_smp, shape, survives, trains
+from oracle import check_sizes, same_as_smp, shape, survives, trains
 
 from segkit.decoders.upernet import UPerNet
 
@@ -10,6 +10,7 @@ small = {"decoder_channels": 32}
 @pytest.mark.parametrize("arguments", [
     {}, {"decoder_use_norm": "identity"}, {"decoder_channels": 64}, {"in_channels": 5, "activation": "sigmoid", "aux_params": None},
     {"encoder_name": "tu-convnext_atto"}, {"size": (96, 160)},
+    {"encoder_name": "mit_b0"}, {"encoder_name": "tu-vgg11_bn"}, {"encoder_name": "resnet50"},
 ], ids=str)
 def test_same_as_smp(arguments): same_as_smp(UPerNet, **small | arguments)
 

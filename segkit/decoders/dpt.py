@@ -94,6 +94,7 @@ class ResidualConvBlock(nn.Module):
         y = self.batch_norm_1(self.conv_1(x.relu()))
         return x + self.batch_norm_2(self.conv_2(y.relu()))
 
+# %% ../../nbs/decoders/11_dpt.ipynb #fusion
 class FusionBlock(nn.Module):
     "Add the coarser map, mix, and enlarge for the next finer one [(Lin et al., 2017)](https://arxiv.org/abs/1611.06612)"
     def __init__(self,

@@ -58,7 +58,7 @@ class PositionAttention(nn.Module):
             return F.scaled_dot_product_attention(query, key, value, scale=1.).transpose(1, 2).reshape_as(x)
         if torch.compiler.is_compiling() or query.shape[1] <= self.chunk: answers = joint_attention(query, key, value)
         else: answers = joint_attention_chunked(query, key, value, self.chunk)
-        return answers.reshape(x.shape)  # cells and channels change places here, as in SMP; see the text
+        return answers.flatten(1).unflatten(1, x.shape[1:])  # cells and channels change places here, as in SMP; see the text
 
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`

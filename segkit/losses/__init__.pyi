@@ -10,6 +10,8 @@ from .distribution import FocalLoss as FocalLoss
 from .distribution import OHEMCrossEntropyLoss as OHEMCrossEntropyLoss
 from .distribution import SoftBCEWithLogitsLoss as SoftBCEWithLogitsLoss
 from .distribution import SoftCrossEntropyLoss as SoftCrossEntropyLoss
+from .ranking import LovaszLoss as LovaszLoss
+from .correlation import MCCLoss as MCCLoss
 from .multitask import DeepSupervisionLoss as DeepSupervisionLoss
 from .multitask import MultiTaskLoss as MultiTaskLoss
 from .multitask import SumLoss as SumLoss

@@ -1,0 +1,285 @@
+"""Losses by ranking and by correlation as the package exports them: against SMP where it is right, else against dense formulas."""
+import copy
+import math
+import pickle
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import segmentation_models_pytorch.losses as smp
+import torch
+from torch.testing import assert_close
+
+from segkit import losses
+from segkit.losses.ranking import lovasz_weights
+
+MODES = ["binary", "multiclass", "multilabel"]
+
+
+def data(mode, shape=(17, 13), b=2, c=4, dtype=torch.float32, seed=0):
+    """Logits and a hard target; one class in binary mode."""
+    torch.manual_seed(seed)
+    c = 1 if mode == "binary" else c
+    target = torch.randint(c, (b, *shape)) if mode == "multiclass" else torch.randint(2, (b, c, *shape))
+    return torch.randn(b, c, *shape, dtype=dtype) * 3, target
+
+
+def gradient(loss, logits, target):
+    logits = logits.detach().clone().requires_grad_()
+    value = loss(logits, target).sum()
+    return value, torch.autograd.grad(value, logits)[0]
+
+
+def every_loss(**options):
+    for mode in MODES:
+        yield mode, losses.LovaszLoss(mode, **options)
+        yield mode, losses.LovaszLoss(mode, per_image=True, **options)
+        yield mode, losses.MCCLoss(mode=mode, from_logits=True, **options)
+    yield "multilabel", losses.LovaszLoss("multilabel", per_class=True, **options)
+
+
+# --- against SMP --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("void", [None, 255])
+@pytest.mark.parametrize("shape", [(17, 13), (4, 6, 5)])
+def test_lovasz_equals_smp(mode, per_image, void, shape):
+    logits, target = data(mode, shape, b=3, c=6)
+    logits = logits / 3
+    if mode == "multiclass": target[target == 4] = 1  # an absent class
+    if void: target[..., :2] = void
+    ours, theirs = (gradient(library.LovaszLoss(mode, per_image, void, True), logits, target) for library in (losses, smp))
+    assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-5, .5])
+@pytest.mark.parametrize("values", [(0, 1), (0,), (1,)])
+def test_mcc_equals_smp(eps, values):
+    p, target = torch.rand(2, 1, 17, 13), torch.tensor(values)[torch.randint(len(values), (2, 17, 13))]
+    for x, y in ((p, target), (p[:, 0], target), (p, target[:, None])):
+        ours, theirs = (gradient(library.MCCLoss(eps), x, y) for library in (losses, smp))
+        assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+# --- against dense formulas ---------------------------------------------------------------------------------------
+
+def jaccard_of(wrong, labels):
+    predicted, actual = labels ^ wrong, labels
+    return 1 - (predicted & actual).sum()/(predicted | actual).sum() if (predicted | actual).any() else 0.
+
+
+def dearest_order(errors, labels):
+    """The Lovász extension as a maximum over all orders (Edmonds), in float64, without a sort."""
+    best = 0
+    for order in permutations(range(len(errors))):
+        wrong, before, total = np.zeros(len(errors), bool), 0., 0.
+        for i in order:
+            wrong[i] = True
+            now = jaccard_of(wrong, labels)
+            total, before = total + errors[i]*(now - before), now
+        best = max(best, total)
+    return best
+
+
+@pytest.mark.parametrize("labels", [0b00000, 0b00001, 0b01010, 0b10111, 0b11111])
+@pytest.mark.parametrize("errors", [[.3, .9, .2, .5, .7], [.5, .5, .5, .5, .5], [.5, .2, .5, .2, 0], [2.5, 0, 1.5, 1.5, 0]])
+def test_extension_is_the_dearest_order_ties_included(labels, errors):
+    labels = np.array([labels >> i & 1 for i in range(5)], bool)
+    e = torch.tensor(errors, dtype=torch.float64)
+    weights = lovasz_weights(e, torch.tensor(labels))
+    assert math.isclose((weights @ e).item(), dearest_order(errors, labels), abs_tol=1e-14)
+    for other in np.random.default_rng(0).random((20, 5))*3:  # a subgradient: the plane lies below
+        assert dearest_order(other, labels) >= weights.numpy() @ other - 1e-12
+
+
+def test_ties_are_ranked_by_place():
+    weights = lovasz_weights(torch.full((5,), .5), torch.tensor([0, 1, 0, 1, 0]).bool())
+    assert_close(weights, torch.tensor([1/3, 1/3, 1/12, 1/4, 0]))
+    big = lovasz_weights(torch.full((2, 100_000), .5), torch.zeros(2, 100_000).bool())
+    assert (big[:, 0] == 1).all() and (big[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_lovasz_softmax_from_sets(per_image):
+    logits, target = data("multiclass", (2, 2), b=2, c=3, dtype=torch.float64)
+    target[1] = target[1].clamp(max=1)
+    target[0, 0, 0] = 255
+    p, values = logits.softmax(1), []
+    for images in ([[0], [1]] if per_image else [[0, 1]]):
+        keep = target[images] != 255
+        present = [c for c in range(3) if (target[images][keep] == c).any()]
+        rows = [((target[images] == c)[keep].numpy(), p[images][:, c][keep].numpy()) for c in present]
+        values.append(np.mean([dearest_order(abs(t - q), t) for t, q in rows]))
+    assert math.isclose(losses.LovaszLoss("multiclass", per_image, 255)(logits, target).item(), np.mean(values), abs_tol=1e-12)
+
+
+def test_hinge_for_each_class_is_the_mean_of_binary_hinges():
+    logits, target = data("multilabel")
+    target[:, :, :3] = 255
+    alone = torch.stack([losses.LovaszLoss("binary", ignore_index=255)(logits[:, c], target[:, c]) for c in range(4)])
+    assert_close(losses.LovaszLoss("multilabel", ignore_index=255, per_class=True)(logits, target), alone.mean())
+    weighted = losses.LovaszLoss("multilabel", ignore_index=255, per_class=True, class_weights=[1, 0, 2, 1])
+    assert_close(weighted(logits, target), (alone * torch.tensor([1, 0, 2, 1])).sum()/4)
+    weighted = losses.LovaszLoss("multiclass", class_weights=[0, 1, 0, 0])(logits, target := target.argmax(1))
+    errors = (logits.softmax(1)[:, 1] - (target == 1).float()).abs().flatten()
+    assert_close(weighted, errors @ lovasz_weights(errors, (target == 1).flatten()))
+
+
+def test_weights_keep_their_digits():
+    torch.manual_seed(0)
+    errors, labels = torch.rand(2**20), torch.rand(2**20) < .01
+    exact = lovasz_weights(errors.double(), labels)
+    assert_close(lovasz_weights(errors, labels).double(), exact, rtol=1e-6, atol=0)
+    assert_close(exact.sum().item(), 1., rtol=1e-12, atol=0)  # all errors at 1 are the whole Jaccard loss
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mcc_of_hard_masks_is_pearsons(mode):
+    logits, target = data(mode)
+    target[:, ..., :3] = 255
+    keep = target != 255
+    if mode == "multiclass":
+        guess = torch.nn.functional.one_hot(logits.argmax(1), 4).movedim(-1, 1).double()
+        pairs = [(guess[:, c][keep], target[keep] == c) for c in range(4)]
+    else:
+        guess = (logits > 0).double()
+        pairs = [(guess[:, c][keep[:, c]], target[:, c][keep[:, c]]) for c in range(logits.shape[1])]
+    exact = np.mean([1 - np.corrcoef(a.numpy(), b.numpy())[0, 1] for a, b in pairs])
+    assert math.isclose(losses.MCCLoss(1e-12, mode=mode, ignore_index=255)(guess, target).item(), exact, rel_tol=1e-9)
+
+
+def test_mcc_means_over_classes_with_two_sides():
+    logits, target = data("multiclass")
+    target[target == 3] = 0
+    alone = torch.stack([losses.MCCLoss()(logits.softmax(1)[:, c], target == c) for c in range(3)])
+    assert_close(losses.MCCLoss(mode="multiclass", from_logits=True)(logits, target), alone.mean())
+    weighted = losses.MCCLoss(mode="multiclass", from_logits=True, class_weights=[1, 0, 3, 9])
+    assert_close(weighted(logits, target), (alone[0] + 3*alone[2])/4)
+
+
+def test_mcc_refuses_logits_as_probabilities():
+    logits, target = data("binary")
+    with pytest.raises(ValueError, match="from_logits=False: y_pred must hold probabilities"): losses.MCCLoss()(logits, target)
+
+
+# --- what holds for every loss ------------------------------------------------------------------------------------
+
+def test_void_pixels_have_no_effect_and_get_no_gradient():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode)
+        target[..., 3:6] = 255
+        other = logits.clone()
+        other[..., 3:6] = 100 * torch.randn_like(other[..., 3:6])
+        ours, changed = gradient(loss, logits, target), gradient(loss, other, target)
+        assert_close(ours, changed, rtol=0, atol=0)
+        assert (ours[1][..., 3:6] == 0).all() and (ours[1][..., :3] != 0).any()
+        kept = [t[..., [*range(3), *range(6, 13)]] for t in (logits, target)]
+        assert_close(ours[0], loss(*kept), rtol=1e-5, atol=0)
+
+
+def test_nothing_counts():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode)
+        for loss.reduction in ("mean", "sum", "none"):
+            value, slope = gradient(loss, logits, torch.full_like(target, 255))
+            assert value == 0 and (slope == 0).all(), (loss, loss.reduction)
+        loss.reduction = "mean"
+        if getattr(loss, "per_image", False):  # an image in which nothing counts has no part in the mean
+            target[0] = 255
+            assert_close(loss(logits, target), loss(logits[1:], target[1:]))
+
+
+def test_reduction_none_is_each_image_alone():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode, b=3)
+        target[0, ..., 3:9] = 255
+        alone = torch.stack([loss(a[None], b[None]) for a, b in zip(logits, target)])
+        if getattr(loss, "per_image", False): assert_close(loss(logits, target), alone.mean())
+        loss.reduction = "none"
+        assert loss(logits, target).shape == (3,)
+        assert_close(loss(logits, target), alone)
+        loss.reduction = "sum"
+        assert_close(loss(logits, target), alone.sum())
+
+
+def test_gradcheck():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode, (3, 4), dtype=torch.float64)
+        target[0, ..., 1] = 255
+        for loss.reduction in ("mean", "sum", "none"):
+            assert torch.autograd.gradcheck(lambda x, loss=loss, target=target: loss(x, target), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_of_full_size(dtype):
+    torch.manual_seed(0)
+    x, y = (torch.randn(8, 1, 512, 512) * 60).to(dtype), torch.randint(2, (8, 512, 512))
+    for mode, loss in every_loss():
+        if mode == "multilabel" or getattr(loss, "per_image", False): continue
+        logits = x if mode == "binary" else torch.cat([x, -x], 1)[:1]
+        target = y if mode == "binary" else y[:1]
+        exact = loss(logits.double(), target).item()
+        logits = logits.detach().requires_grad_()
+        value = loss(logits, target)
+        (value * 2**16).backward()
+        assert value.dtype == torch.float32 and logits.grad.dtype == dtype
+        assert logits.grad.isfinite().all() and (logits.grad != 0).any()
+        assert math.isclose(value.item(), exact, rel_tol=1e-4), loss
+
+
+def test_probabilities_in_place_of_logits():
+    for mode, loss in every_loss():
+        logits, target = data(mode, dtype=torch.float64)
+        given = copy.deepcopy(loss)
+        given.from_logits = False
+        assert_close(given(loss.activation(logits), target), loss(logits, target), rtol=1e-4, atol=1e-6)
+
+
+def test_integer_types_and_bools():
+    for mode, loss in every_loss():
+        logits, target = data(mode)
+        value = loss(logits, target)
+        values = () if mode == "multiclass" else (torch.bool, torch.float32, torch.float16)
+        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, *values):
+            assert_close(loss(logits, target.to(dtype)), value, rtol=0, atol=0)
+        if mode == "multiclass":  # one-hot values
+            hot = torch.nn.functional.one_hot(target, 4).movedim(-1, 1).float()
+            assert_close(loss(logits, hot), value)
+
+
+def test_inputs_stay_as_they_are_and_autocast_changes_nothing():
+    for mode, loss in every_loss(ignore_index=255):
+        logits, target = data(mode)
+        target[..., 2] = 255
+        before = logits.clone(), target.clone()
+        expected = gradient(loss, logits, target)
+        assert_close((logits, target), before, rtol=0, atol=0)
+        with torch.autocast("cpu", torch.bfloat16): assert_close(gradient(loss, logits, target), expected, rtol=1e-6, atol=1e-8)
+        assert_close(gradient(loss, logits.contiguous(memory_format=torch.channels_last), target), expected, rtol=1e-5, atol=1e-7)
+        for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)): assert other(logits, target) == expected[0]
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+def test_errors_in_words():
+    for make in (losses.LovaszLoss, lambda mode, **kw: losses.MCCLoss(mode=mode, **kw)):
+        with pytest.raises(ValueError, match="mode='multi-label'"): make("multi-label")
+        with pytest.raises(ValueError, match="reduction='avg'"): make("binary", reduction="avg")
+        with pytest.raises(ValueError, match="class_weights"): make("binary", class_weights=[1.])
+        for mode in MODES:
+            logits, target = data(mode)
+            with pytest.raises(ValueError, match="y_true must hold"): make(mode, from_logits=True)(logits, target + 250)
+            with pytest.raises(ValueError, match="y_true"): make(mode, from_logits=True)(logits, target[..., :-1])
+    with pytest.raises(ValueError, match="need per_class=True"): losses.LovaszLoss("multilabel", class_weights=[1., 2.])
+    with pytest.raises(ValueError, match="target of 0 or 1"): losses.LovaszLoss("binary")(torch.randn(1, 1, 4, 4), torch.full((1, 4, 4), .3))
+    with pytest.raises(ValueError, match="eps=0"): losses.MCCLoss(0)
+
+
+def test_imports_are_light():
+    code = ("import sys, segkit.losses as l; l.LovaszLoss; l.MCCLoss; "
+            "assert not {'fastai', 'timm', 'torchvision', 'scipy', 'sklearn', 'matplotlib'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
