@@ -96,6 +96,11 @@ def test_extension_is_the_dearest_order_ties_included(labels, errors):
         assert dearest_order(other, labels) >= weights.numpy() @ other - 1e-12
 
 
+def test_no_weight_where_nothing_counts():
+    errors, labels = torch.tensor([[-1, .5, -1], [-1, -1, -1]]), torch.zeros(2, 3).bool()
+    for e in (errors, errors.double()): assert lovasz_weights(e, labels).tolist() == [[0, 1, 0], [0, 0, 0]]
+
+
 def test_ties_are_ranked_by_place():
     weights = lovasz_weights(torch.full((5,), .5), torch.tensor([0, 1, 0, 1, 0]).bool())
     assert_close(weights, torch.tensor([1/3, 1/3, 1/12, 1/4, 0]))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..core.layers import BatchNorm2d, resize
-from ..core.model import SegmentationModel
+from ..core.model import SegmentationModel, pad_to_least
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
 from ..heads.classification import ClassificationHead
@@ -62,11 +62,11 @@ class GlobalAttentionUpsample(nn.Module):
 
 # %% ../../nbs/decoders/08_pan.ipynb #halve
 class Halve(nn.Module):
-    "Max pooling over 2x2 cells; along an axis that has a single cell, nothing is pooled"
+    "Max pooling over 2x2 cells; an axis that has a single cell keeps it"
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Map `(b, c, max(1, h//2), max(1, w//2))`
-        return F.max_pool2d(x, tuple(2 if n > 1 else 1 for n in x.shape[-2:]))
+        return F.max_pool2d(pad_to_least(x, 2), 2)
 
 # %% ../../nbs/decoders/08_pan.ipynb #fpa
 class FeaturePyramidAttention(nn.Module):

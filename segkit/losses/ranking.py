@@ -17,20 +17,31 @@ from .base import (Batch, MULTICLASS_MODE, MULTILABEL_MODE, SegmentationLoss, ch
 from .distribution import as_logits
 
 # %% ../../nbs/losses/03_ranking.ipynb #weights
+def _ranked_weights(errors: Tensor, labels: Tensor, order: Tensor) -> Tensor:
+    "Weights `(..., n)` of errors that `order` sorts, largest first"
+    miss, total = labels.gather(-1, order), labels.sum(-1, keepdim=True)
+    misses = miss.cumsum(-1, dtype=torch.int32)
+    alarms = torch.arange(1, errors.shape[-1] + 1, dtype=torch.int32, device=errors.device) - misses
+    union = alarms.add_(total).to(errors.dtype)
+    alarm = (total - misses) / (union * (union - 1)).clamp_min_(1)  # 0 once every pixel of the class has come: also where nothing counts
+    alarm[..., :1].masked_fill_((total == 0) & (errors.gather(-1, order[..., :1]) >= 0), 1)
+    return torch.empty_like(errors).scatter_(-1, order, torch.where(miss, 1 / union, alarm))
+
+# %% ../../nbs/losses/03_ranking.ipynb #lovasz-weights
 @torch.no_grad()
 def lovasz_weights(
     errors: Tensor, # Errors `(..., n)`, negative where a pixel does not count
     labels: Tensor, # Whether a pixel is of the class `(..., n)`, False where it does not count
 ) -> Tensor: # Weights `(..., n)`: what each error adds to the Jaccard loss of the larger ones
     "Gradient of the Lovász extension of the Jaccard loss [(Berman et al., 2018)](https://arxiv.org/abs/1705.08790)"
-    order = errors.sort(dim=-1, descending=True, stable=True).indices
-    miss, total = labels.gather(-1, order), labels.sum(-1, keepdim=True)
-    misses = miss.cumsum(-1, dtype=torch.int64)
-    alarms = torch.arange(1, errors.shape[-1] + 1, device=errors.device) - misses
-    union = (total + alarms).to(errors.dtype)
-    alarm = (total - misses) / (union * (union - 1)).clamp_min_(1)  # 0 once every pixel of the class has come: also where nothing counts
-    alarm[..., :1].masked_fill_(total == 0, 1)
-    return torch.empty_like(errors).scatter_(-1, order, torch.where(miss, 1 / union, alarm))
+    if errors.device.type != "cpu" or errors.dtype != torch.float32 or torch.compiler.is_compiling():
+        return _ranked_weights(errors, labels, errors.sort(dim=-1, descending=True, stable=True).indices)
+    weights = torch.empty_like(errors, memory_format=torch.contiguous_format)
+    n = errors.shape[-1]
+    for e, t, w in zip(errors.reshape(-1, n), labels.reshape(-1, n), weights.view(-1, n)):
+        order = e.add(0.0).view(torch.int32).neg_().sort(stable=True).indices  # adding 0 turns -0 into 0
+        w.copy_(_ranked_weights(e, t, order))
+    return weights
 
 # %% ../../nbs/losses/03_ranking.ipynb #errors
 def _hard_labels(batch: Batch) -> Tensor:
@@ -80,13 +91,27 @@ class LovaszLoss(SegmentationLoss):
         y_pred: Tensor, # Logits `(b, c, h, w)`
         y_true: Tensor, # Labels `(b, h, w)`, or zeros and ones `(b, c, h, w)`
     ) -> Tensor: # One number, or `(b,)` with `reduction="none"`
-        errors, labels = rows = ranked_errors(self.prepare(y_pred, y_true), self.mode, self.from_logits)
-        if self.reduction == "mean" and not self.per_image: rows = [x.transpose(0, 1).reshape(1, x.shape[1], -1) for x in rows]
-        if self.mode == MULTILABEL_MODE and not self.per_class: rows = [x.reshape(len(x), 1, -1) for x in rows]
-        errors, labels = rows
-        losses = (F.relu(errors) * lovasz_weights(errors.detach(), labels)).sum(-1)
-        counts = (labels if self.mode == MULTICLASS_MODE else errors.detach() >= 0).any(-1)  # classes `(b, c)` in the mean
+        errors, labels = ranked_errors(self.prepare(y_pred, y_true), self.mode, self.from_logits)
+        counts = (labels if self.mode == MULTICLASS_MODE else errors.detach() >= 0).any(-1)  # classes that are in the mean
+        losses = (errors * self.weights(errors.detach(), labels)).sum(-1)
+        if not self.by_image: losses, counts = losses.sum(0, keepdim=True), counts.any(0, keepdim=True)
+        if not self.by_class: losses, counts = losses.sum(1, keepdim=True), counts.any(1, keepdim=True)
         weights = counts.to(losses.dtype) if self.class_weights is None else counts * self.class_weights.to(losses.dtype)
         images = safe_divide((losses * weights).sum(1), weights.sum(1))
         if self.reduction != "mean": return images if self.reduction == "none" else images.sum()
         return safe_divide(images.sum(), (weights.sum(1) > 0).sum())
+
+    @property
+    def by_image(self) -> bool: # Whether each image is ranked for itself
+        return self.per_image or self.reduction != "mean"
+
+    @property
+    def by_class(self) -> bool: # Whether each class is ranked for itself
+        return self.per_class or self.mode != MULTILABEL_MODE
+
+    def weights(self, errors: Tensor, labels: Tensor) -> Tensor: # Weights `(b, c, n)` from errors and labels `(b, c, n)`
+        b, c, n = errors.shape
+        if self.by_image: rows = [x if self.by_class else x.reshape(b, 1, c*n) for x in (errors, labels)]
+        else: rows = [x.transpose(0, 1).reshape(c if self.by_class else 1, -1) for x in (errors, labels)]
+        weights = lovasz_weights(*rows)
+        return weights.view(b, c, n) if self.by_image else weights.view(c, b, n).transpose(0, 1)
