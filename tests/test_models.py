@@ -12,7 +12,7 @@ from segkit.core.registry import architectures
 
 SMALL = {"encoder_name": "resnet18", "encoder_weights": None}
 ENCODERS = {"dpt": "tu-vit_tiny_patch16_224"}  # architectures that do not take a ResNet
-DIVISION = {"pspnet", "upernet", "pan"}  # their pooling does not export with a free height and width yet
+DIVISION = {"pan"}  # its pooling does not export with a free height and width yet
 
 
 def build(arch, **kwargs):

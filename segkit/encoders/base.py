@@ -71,11 +71,12 @@ class EncoderMixin:
         output_stride: int, # Stride of the deepest map: 8 or 16
     ) -> None:
         "Trade the last halvings for dilation, in place"
+        check_choice("output_stride", output_stride, [8, 16])
+        if output_stride >= self.output_stride: return  # the deepest map is no coarser than that
         stages = self.get_stages()
         if not stages:
             raise ValueError(f"{type(self).__name__} cannot be dilated (output_stride={output_stride}); use output_stride=32, or an encoder "
-                             "whose stages are convolutions, such as 'resnet34' or 'mobilenet_v2'")
-        check_choice("output_stride", output_stride, [8, 16])
+                             "whose stages are convolutions, such as 'resnet34'")
         for stride, modules in stages.items():
             if stride > output_stride: dilate(modules, stride//output_stride)
         self._output_stride = output_stride
