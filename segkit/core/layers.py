@@ -22,7 +22,8 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Map `(b, c, h, w)`, at each pixel of mean 0 and variance 1 before weight and bias
-        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        return y.contiguous() if torch.compiler.is_exporting() else y  # an exported model must not depend on how a size orders the memory
 
 # %% ../../nbs/core/01_layers.ipynb #batchnorm
 class BatchNorm2d(nn.BatchNorm2d):

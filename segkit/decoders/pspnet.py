@@ -45,6 +45,7 @@ class GridMean(nn.Module):
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Means `(b, c, n, n)`
         if not torch.compiler.is_exporting(): return F.adaptive_avg_pool2d(x, self.n)
+        if self.n == 1: return x.mean((2, 3), keepdim=True)  # as a product with one row, the program would hold for one size
         rows, columns = (grid_means(size, self.n, x) for size in x.shape[-2:])  # ONNX knows no adaptive pooling of maps of any size
         return rows @ x @ columns.T
 

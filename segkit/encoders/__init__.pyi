@@ -9,3 +9,5 @@ from .preprocessing import get_preprocessing_fn as get_preprocessing_fn
 from .preprocessing import get_preprocessing_params as get_preprocessing_params
 from .preprocessing import preprocess_input as preprocess_input
 from .universal import TimmUniversalEncoder as TimmUniversalEncoder
+from .mix_transformer import MixVisionTransformerEncoder as MixVisionTransformerEncoder
+from .vit import TimmViTEncoder as TimmViTEncoder
