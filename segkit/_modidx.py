@@ -598,6 +598,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'segkit/encoders/universal.py'),
                                            'segkit.encoders.universal._check_plan': ( 'encoders/universal.html#_check_plan',
                                                                                       'segkit/encoders/universal.py'),
+                                           'segkit.encoders.universal._fixed_size': ( 'encoders/universal.html#_fixed_size',
+                                                                                      'segkit/encoders/universal.py'),
                                            'segkit.encoders.universal._last': ( 'encoders/universal.html#_last',
                                                                                 'segkit/encoders/universal.py'),
                                            'segkit.encoders.universal._no_timm_model': ( 'encoders/universal.html#_no_timm_model',

@@ -75,6 +75,12 @@ def test_broken_contract_names_the_level(change, error, says):
     with pytest.raises(error, match=says): segkit.Unet(encoder, encoder_weights=None)
 
 
+def test_a_shallow_encoder_needs_no_dilation():
+    "At depth 3 the deepest map has stride 8 anyway, also for an encoder that cannot be dilated"
+    assert get_encoder("tu-swin_tiny_patch4_window7_224", depth=3, output_stride=8).output_stride == 8
+    assert get_encoder("resnet18", depth=3, output_stride=8).layer2[0].conv1.stride == (2, 2)
+
+
 def test_parts_named_like_the_mixin_do_no_harm():
     assert set(parameter_stages(MyEncoder()).values()) == {1, 2, 3, 4, 5}
 

@@ -136,8 +136,7 @@ class DeepLabV3(SegmentationModel):
     ):
         super().__init__()
         check_choice("encoder_output_stride", encoder_output_stride, [8, 16])
-        stride = encoder_output_stride if 2**encoder_depth > encoder_output_stride else 32  # too shallow to need dilation
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, stride, **kwargs)
+        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, encoder_output_stride, **kwargs)
         channels = self.encoder.out_channels
         if not channels[-1]: raise ValueError(f"encoder_depth={encoder_depth}: {encoder_name!r} has no map there; use a depth of at least 2")
         self.decoder = DeepLabV3Decoder(channels[-1], decoder_channels, decoder_atrous_rates, decoder_aspp_separable,

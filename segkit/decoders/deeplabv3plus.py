@@ -75,8 +75,7 @@ class DeepLabV3Plus(SegmentationModel):
         super().__init__()
         check_choice("encoder_output_stride", encoder_output_stride, [8, 16])
         check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        stride = encoder_output_stride if 2**encoder_depth > encoder_output_stride else 32  # too shallow to need dilation
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, stride, **kwargs)
+        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, encoder_output_stride, **kwargs)
         channels = self.encoder.out_channels
         self.decoder = DeepLabV3PlusDecoder(channels, decoder_channels, decoder_atrous_rates, decoder_aspp_separable,
                                             decoder_aspp_dropout, decoder_interpolation)

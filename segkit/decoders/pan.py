@@ -147,8 +147,7 @@ class PAN(SegmentationModel):
         super().__init__()
         check_choice("encoder_output_stride", encoder_output_stride, [16, 32])
         check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        stride = encoder_output_stride if 2**encoder_depth > encoder_output_stride else 32  # too shallow to need dilation
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, stride, **kwargs)
+        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, encoder_output_stride, **kwargs)
         channels = self.encoder.out_channels
         self.decoder = PANDecoder(channels, decoder_channels, decoder_interpolation)
         self.segmentation_head = SegmentationHead(self.decoder.out_channels, classes, activation=activation,

@@ -24,6 +24,7 @@ class EncoderMixin:
     _depth: int = 5
     _in_channels: int = 3
     _output_stride: int = 32
+    _probe_size: tuple[int, int] = (64, 64)  # height and width of an image that the encoder takes; other than this for one with a fixed size
     has_center: bool = False  # U-Nets put two more convolutions after the deepest map (VGG, whose last stage only pools)
 
     @property
@@ -130,9 +131,10 @@ def dilate(
 # %% ../../nbs/encoders/00_base.ipynb #probe
 def probe(
     encoder: nn.Module, # Encoder
-    size: tuple[int, int] = (64, 64), # Height and width of the image
+    size: tuple[int, int] | None = None, # Height and width of the image; None for one that the encoder takes
 ) -> tuple[list[Tensor], dict[str, Tensor]]: # Maps, finest first, and the parameters they were made from
     "Run `encoder` once in evaluation mode without values, and keep the graph"
+    size = size or getattr(encoder, "_probe_size", (64, 64))
     modes = [(m, m.training) for m in encoder.modules()]
     encoder.eval()
     try:
@@ -182,7 +184,7 @@ _examples = {"_out_channels": "[3, 16, 64, 128, 256, 512]", "_depth": 5, "_in_ch
 # %% ../../nbs/encoders/00_base.ipynb #stages
 def parameter_stages(
     encoder: nn.Module, # Encoder
-    size: tuple[int, int] = (64, 64), # Height and width of the image that it is tried on
+    size: tuple[int, int] | None = None, # Height and width of the image that it is tried on; None for one that the encoder takes
 ) -> dict[str, int]: # Name of each parameter that some level depends on -> number of the first such level
     "The first level of the pyramid that depends on each parameter of `encoder`"
     maps, parameters = probe(encoder, size)
@@ -215,6 +217,7 @@ def get_encoder(
 ) -> nn.Module: # Encoder, with `EncoderMixin`
     "Build an encoder by name"
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1: raise ValueError(f"encoder_depth={depth!r}: expected a whole number from 1 on")
+    if output_stride in (8, 16) and output_stride >= 2**depth: output_stride = 32  # so shallow that nothing is to dilate
     if isinstance(name, nn.Module): return _given(name, in_channels, depth, output_stride, channel_strategy)
     if name in encoders: return _build(name, in_channels, depth, weights, output_stride, channel_strategy, kwargs)
     for source in encoder_sources:

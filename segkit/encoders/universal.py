@@ -73,6 +73,7 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
         self.name, self._levels, self._channels_last = name, tuple(plan), order == "NHWC"
         self._in_channels, self._depth, self._output_stride, self._made_with = in_channels, depth, output_stride, kwargs
         self._out_channels = [channels[plan[level]] if level in plan else in_channels*(level == 0) for level in range(depth + 1)]
+        self._probe_size = _fixed_size(name, kwargs) or self._probe_size
         if depth < 5: prune_unused(self)
 
     def forward(self,
@@ -91,6 +92,13 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
         return {f"model.{k}": tuple(t.shape) for k, t in whole.state_dict().items()}
 
 # %% ../../nbs/encoders/02_universal.ipynb #encoder-errors
+def _fixed_size(name, kwargs):
+    "Height and width of a model that is built for one size, or None"
+    from timm.models import get_pretrained_cfg
+    size, cfg = kwargs.get("img_size"), get_pretrained_cfg(name)
+    if size: return (size, size) if isinstance(size, int) else tuple(size)
+    return tuple(cfg.input_size[-2:]) if cfg is not None and cfg.fixed_input_size else None
+
 def _check_plan(name, strides, plan, depth):
     "Refuse what is not a pyramid, in words"
     missing = [2**level for level in range(2, depth + 1) if level not in plan]
