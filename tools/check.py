@@ -16,7 +16,7 @@ CHECKS = {
     "readme": ("README.md is what nbs/index.ipynb says", [PYTHON, "tools/docs.py", "readme", "--check"]),
     "lint": ("ruff", [PYTHON, "-m", "ruff", "check", "--output-format", "concise", "nbs", "tests", "tools", "docs", "setup.py"]),
     "docs": ("the site builds without warnings", [PYTHON, "tools/docs.py", "site"]),
-    "run": ("every notebook runs", ["nbdev-test", "--n-workers", "2", "--timing"]),
+    "run": ("every notebook runs", [PYTHON, "tools/run_nbs.py"]),
     "tests": ("pytest", [PYTHON, "-m", "pytest"]),  # last: its closing line ends a run that passes
 }
 
