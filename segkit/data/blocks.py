@@ -252,20 +252,25 @@ def mask_block(
 # %% ../../nbs/data/01_blocks.ipynb #blocks
 def SegmentationBlocks(
     codes: Sequence[str], # Names of the classes in the order of their values; one name for a binary mask
-    labels: Sequence[str] | None = None, # Names of the labels; None for a mask alone
+    labels: Sequence[str] | str | None = None, # Names of the labels, or "present" for the classes present in the mask; None for a mask alone
     multi_label: bool = False, # Whether a picture may have several labels, or none
     in_channels: int = 3, # Channels of the picture
     values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value of a mask's file; None to take them as they are
     void: int | Sequence[int] | None = None, # Values of a mask's file that mean void
     overlapping: bool = False, # Whether classes may share a pixel
     bands: Sequence[int] = (0, 1, 2), # Channels shown as red, green and blue, where there are more than three
+    label_names: Sequence[str] | None = None, # With "present", the classes that are labels; all if None
 ) -> tuple[TransformBlock, ...]: # Blocks of picture, mask and, with `labels`, label
     "Blocks for `DataBlock(..., n_inp=1)`"
-    for name, given in (("codes", codes), ("labels", labels or ())):
+    present = isinstance(labels, str) and labels == "present"
+    for name, given in (("codes", codes), ("labels", labels if labels and not present else ())):
         if isinstance(given, str): raise TypeError(f"{name}={given!r}: expected a list of names")
         if len(set(given)) < len(given): raise ValueError(f"{name}={list(given)}: names must differ")
     if len(codes) == 0: raise ValueError("codes=[]: expected the names of the classes")
     if multi_label and labels is None: raise ValueError("multi_label=True: give the names as `labels`")
     blocks = (image_block(in_channels, bands), mask_block(codes, values, void, overlapping))
     if labels is None: return blocks
+    if present:
+        from segkit.data.presence import presence_block  # which builds on this module
+        return *blocks, presence_block(codes, label_names, values=values, void=void, overlapping=overlapping)
     return *blocks, (MultiCategoryBlock(vocab=list(labels)) if multi_label else CategoryBlock(vocab=list(labels), sort=False))
