@@ -55,7 +55,7 @@ class GuardMixing(Callback):
         for callback in self.learn.cbs:
             if isinstance(callback, MixHandler):
                 raise TypeError(f"{type(callback).__name__} mixes pictures and one label; it cannot mix masks. "
-                                "Mix picture, mask and label in the data, before the batch reaches the learner")
+                                "MaskMixUp, MaskCutMix and ClassMix of segkit.learner mix picture, mask and label")
 
 # %% ../../nbs/learner/04_callbacks.ipynb #check-targets
 class CheckTargets(Callback):
