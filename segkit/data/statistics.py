@@ -8,7 +8,7 @@ __all__ = ['WEIGHTS', 'Moments', 'Statistics', 'data_statistics']
 # %% ../../nbs/data/06_statistics.ipynb #imports
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
