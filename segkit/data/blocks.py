@@ -260,6 +260,7 @@ def SegmentationBlocks(
     overlapping: bool = False, # Whether classes may share a pixel
     bands: Sequence[int] = (0, 1, 2), # Channels shown as red, green and blue, where there are more than three
     label_names: Sequence[str] | None = None, # With "present", the classes that are labels; all if None
+    min_share: float = 0., # With "present", the smallest share of a picture's pixels that counts
 ) -> tuple[TransformBlock, ...]: # Blocks of picture, mask and, with `labels`, label
     "Blocks for `DataBlock(..., n_inp=1)`"
     present = isinstance(labels, str) and labels == "present"
@@ -272,5 +273,5 @@ def SegmentationBlocks(
     if labels is None: return blocks
     if present:
         from segkit.data.presence import presence_block  # which builds on this module
-        return *blocks, presence_block(codes, label_names, values=values, void=void, overlapping=overlapping)
+        return *blocks, presence_block(codes, label_names, min_share, values=values, void=void, overlapping=overlapping)
     return *blocks, (MultiCategoryBlock(vocab=list(labels)) if multi_label else CategoryBlock(vocab=list(labels), sort=False))

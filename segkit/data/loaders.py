@@ -125,7 +125,7 @@ class MaskDataLoaders(DataLoaders):
         if len(each) < 2: raise ValueError(f"{len(each)} pictures were found; at least 2 are needed, one to train on and one to validate")
         check_files("picture", [get_image(i) for i in each] if get_image else each)
         check_files("mask", [get_mask(i) for i in each])
-        options = dict(in_channels=in_channels, values=values, void=void, overlapping=overlapping, bands=bands)
+        options = dict(in_channels=in_channels, values=values, void=void, overlapping=overlapping, bands=bands, min_share=min_share)
         blocks, get_y = _targets(codes, each, get_mask, get_label, labels, options)
         if img_cls is not None: blocks = (ImageBlock(img_cls), *blocks[1:])
         block = DataBlock(blocks, n_inp=1, get_x=get_image, get_y=get_y, splitter=splitter or RandomSplitter(valid_pct, seed=seed), item_tfms=item_tfms, batch_tfms=batch_tfms)
