@@ -1,9 +1,13 @@
+from . import archive as archive
 from . import blocks as blocks
 from . import brain as brain
 from . import cache as cache
+from . import camvid as camvid
 from . import loaders as loaders
+from . import pets as pets
 from . import presence as presence
 from . import shapes as shapes
+from . import statistics as statistics
 from . import weights as weights
 from .blocks import SegmentationBlocks as SegmentationBlocks
 from .blocks import image_block as image_block
@@ -13,8 +17,12 @@ from .brain import brain_dataloaders as brain_dataloaders
 from .brain import brain_slices as brain_slices
 from .brain import intensity_lookup as intensity_lookup
 from .brain import lookup_masks as lookup_masks
+from .camvid import camvid_dataloaders as camvid_dataloaders
 from .loaders import MaskDataLoaders as MaskDataLoaders
+from .pets import pets_dataloaders as pets_dataloaders
 from .presence import LabelFromMask as LabelFromMask
 from .presence import present_classes as present_classes
 from .shapes import shapes_dataloaders as shapes_dataloaders
+from .statistics import Statistics as Statistics
+from .statistics import data_statistics as data_statistics
 from .weights import lite0_weights as lite0_weights

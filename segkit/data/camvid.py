@@ -110,6 +110,7 @@ def draw_street(
     colours = np.random.default_rng(1).integers(40, 220, (len(THINGS), 3))
     return (colours[mask] + rng.normal(0, 14, (*size, 3))).clip(0, 255).astype(np.uint8), mask
 
+# %% ../../nbs/data/10_camvid.ipynb #write
 def write_tiny_camvid(
     folder: str | Path, # Folder to fill
     layout: str = "fastai", # "fastai" or "segnet"

@@ -117,6 +117,7 @@ class MaskDataLoaders(DataLoaders):
         values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value of a mask's file; None to take them as they are
         void: int | Sequence[int] | None = None, # Values of a mask's file that mean void
         overlapping: bool = False, # Whether classes may share a pixel
+        min_share: float = 0., # With "present", the smallest share of a picture's pixels that counts
         **kwargs: Any, # Arguments of fastai's loaders, such as `bs`, `num_workers`, `device`
     ) -> "MaskDataLoaders": # Batches (picture, mask), or (picture, mask, label)
         "Loaders from items and functions"
