@@ -851,6 +851,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'segkit.learner.display._names': ('learner/display.html#_names', 'segkit/learner/display.py'),
                                         'segkit.learner.display._show_batch': ( 'learner/display.html#_show_batch',
                                                                                 'segkit/learner/display.py'),
+                                        'segkit.learner.display._wrapped': ('learner/display.html#_wrapped', 'segkit/learner/display.py'),
                                         'segkit.learner.display.as_picture': ( 'learner/display.html#as_picture',
                                                                                'segkit/learner/display.py'),
                                         'segkit.learner.display.label_title': ( 'learner/display.html#label_title',

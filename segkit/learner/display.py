@@ -7,6 +7,7 @@ __all__ = ['painted', 'as_picture', 'label_title', 'show_predictions', 'show_mas
            'plot_top_losses']
 
 # %% ../../nbs/learner/02_display.ipynb #imports
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def show_predictions(
             ax.axis("off")
         if len(out) > 1:
             text, color = label_title(sample[2], out[1], of_label[i])
-            row[0].set_title(text, color=color, fontsize=9)
+            row[0].set_title(_wrapped(text, row[0]), color=color, fontsize=9)
         row[1].set_title("true" if i == 0 else "", fontsize=9)
         row[2].set_title(", ".join(["predicted"]*(i == 0) + ([] if losses is None else [f"loss {losses[i]:.2f}"])), fontsize=9)
     _legend(fig, codes, n, [np.asarray(s[1]) for s in samples])
@@ -104,6 +105,11 @@ def _classes(samples, task=None):
     codes = [] if codes is None else [str(c) for c in codes]
     if len(codes) == 1 or any(m.ndim == 3 for m in masks): codes = ["", *codes]
     return codes, n
+
+def _wrapped(text, ax):
+    "Lines no longer than the axes are wide"
+    inches = ax.get_position().width*ax.figure.get_size_inches()[0]
+    return textwrap.fill(text, max(12, int(15*inches)))
 
 def _legend(fig, codes, n, masks):
     "The colours' names, without class 0, which has none"
@@ -135,7 +141,7 @@ def show_masks(
     for ax, (image, mask, *label) in zip(ctxs, samples):
         ax.imshow(painted(as_picture(image), mask, n))
         ax.axis("off")
-        if label: ax.set_title(_names(label[0]), fontsize=9)
+        if label: ax.set_title(_wrapped(_names(label[0]), ax), fontsize=9)
     return list(ctxs)
 
 # %% ../../nbs/learner/02_display.ipynb #dispatch
