@@ -855,6 +855,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'segkit.learner.display': { 'segkit.learner.display._bands': ('learner/display.html#_bands', 'segkit/learner/display.py'),
                                         'segkit.learner.display._classes': ('learner/display.html#_classes', 'segkit/learner/display.py'),
                                         'segkit.learner.display._legend': ('learner/display.html#_legend', 'segkit/learner/display.py'),
+                                        'segkit.learner.display._lines': ('learner/display.html#_lines', 'segkit/learner/display.py'),
                                         'segkit.learner.display._names': ('learner/display.html#_names', 'segkit/learner/display.py'),
                                         'segkit.learner.display._show_batch': ( 'learner/display.html#_show_batch',
                                                                                 'segkit/learner/display.py'),

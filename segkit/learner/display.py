@@ -62,9 +62,9 @@ def label_title(
 ) -> tuple[str, str]: # Text and colour
     "The predicted label in green if it is right, else in red beside the true one; its probability behind it"
     right = _names(true) == _names(predicted)
-    text = _names(predicted) if right else f"{_names(predicted)}, not {_names(true)}"
-    single = isinstance(predicted, str)
-    if probs is not None and single: text += f" ({float(probs.max()):.2f})"
+    if isinstance(predicted, str) or right: text = _names(predicted) if right else f"{_names(predicted)}, not {_names(true)}"
+    else: text = "; ".join(f"{what} {_names(names)}" for what, names in (("adds", [n for n in predicted if n not in true]), ("misses", [n for n in true if n not in predicted])) if names)
+    if probs is not None and isinstance(predicted, str): text += f" ({float(probs.max()):.2f})"
     return text, "darkgreen" if right else "firebrick"
 
 # %% ../../nbs/learner/02_display.ipynb #show
@@ -82,15 +82,16 @@ def show_predictions(
     codes, n = _classes(samples, task)
     of_label = probs[1] if isinstance(probs, (tuple, list)) else [None]*len(samples)
     h, w = as_picture(samples[0][0]).shape[:2]
-    fig, axes = plt.subplots(len(samples), 3, figsize=(3*size*w/h, len(samples)*(size + .25) + .3), squeeze=False, layout="constrained")
+    titles = [label_title(s[2], o[1], p) if len(o) > 1 else ("", "k") for s, o, p in zip(samples, outs, of_label)]
+    titles = [(_wrapped(text, size*w/h), color) for text, color in titles]
+    fig, axes = plt.subplots(len(samples), 3, figsize=(3*size*w/h, sum(size + .1 + .15*_lines(t) for t, _ in titles) + .3), squeeze=False, layout="constrained",
+                             height_ratios=[size + .1 + .15*_lines(t) for t, _ in titles])
     for i, (row, sample, out) in enumerate(zip(axes, samples, outs)):
         picture = as_picture(sample[0])
         for ax, mask in zip(row, (None, sample[1], out[0])):
             ax.imshow(picture if mask is None else painted(picture, mask, n), cmap="gray", vmin=0, vmax=1)
             ax.axis("off")
-        if len(out) > 1:
-            text, color = label_title(sample[2], out[1], of_label[i])
-            row[0].set_title(_wrapped(text, row[0]), color=color, fontsize=9)
+        row[0].set_title(titles[i][0], color=titles[i][1], fontsize=9)
         row[1].set_title("true" if i == 0 else "", fontsize=9)
         row[2].set_title(", ".join(["predicted"]*(i == 0) + ([] if losses is None else [f"loss {losses[i]:.2f}"])), fontsize=9)
     _legend(fig, codes, n, [np.asarray(s[1]) for s in samples])
@@ -106,10 +107,11 @@ def _classes(samples, task=None):
     if len(codes) == 1 or any(m.ndim == 3 for m in masks): codes = ["", *codes]
     return codes, n
 
-def _wrapped(text, ax):
-    "Lines no longer than the axes are wide"
-    inches = ax.get_position().width*ax.figure.get_size_inches()[0]
+def _wrapped(text, inches):
+    "Lines no longer than a picture is wide"
     return textwrap.fill(text, max(12, int(15*inches)))
+
+def _lines(text): return 1 + text.count("\n")
 
 def _legend(fig, codes, n, masks):
     "The colours' names, without class 0, which has none"
@@ -129,19 +131,22 @@ def show_masks(
     "Pictures with their masks over them and their labels above"
     samples = list(samples)[:max_n]
     codes, n = _classes(samples)
+    labels = [_names(s[2]) if len(s) > 2 else "" for s in samples]
     if ctxs is None:
         rows = nrows or (-(-len(samples)//ncols) if ncols else int(np.sqrt(len(samples))))
         columns = ncols or -(-len(samples)//rows)
         h, w = as_picture(samples[0][0]).shape[:2]
         height = 2.6*min(1, h/w)
-        fig, axes = plt.subplots(rows, columns, figsize=figsize or (columns*height*w/h, rows*(height + .25) + .3), squeeze=False, layout="constrained")
+        labels = [_wrapped(label, height*w/h) for label in labels]
+        above = .1 + .15*max(map(_lines, labels))
+        fig, axes = plt.subplots(rows, columns, figsize=figsize or (columns*height*w/h, rows*(height + above) + .3), squeeze=False, layout="constrained")
         for ax in axes.flat: ax.axis("off")
         ctxs = list(axes.flat)[:len(samples)]
         _legend(fig, codes, n, [np.asarray(s[1]) for s in samples])
-    for ax, (image, mask, *label) in zip(ctxs, samples):
+    for ax, (image, mask, *_), label in zip(ctxs, samples, labels):
         ax.imshow(painted(as_picture(image), mask, n))
         ax.axis("off")
-        if label: ax.set_title(_wrapped(_names(label[0]), ax), fontsize=9)
+        if label: ax.set_title(label, fontsize=9)
     return list(ctxs)
 
 # %% ../../nbs/learner/02_display.ipynb #dispatch
