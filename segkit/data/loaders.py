@@ -252,7 +252,7 @@ def _from_csv(cls,
     path: str | Path, # Folder that the files of the table start from
     csv_fname: str | Path = "labels.csv", # CSV file in it
     header: int | None = 0, # Row of the names of the columns; None if there is none
-    delimiter: str | None = None, # What stands between two cells; a comma if None
+    delimiter: str = ",", # What stands between two cells
     **kwargs: Any, # Arguments of `from_df`
 ) -> MaskDataLoaders: # Batches (picture, mask), or (picture, mask, label)
     "Loaders from a CSV file of files and labels"
