@@ -612,6 +612,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'segkit/encoders/preprocessing.py')},
             'segkit.encoders.resnet': { 'segkit.encoders.resnet.ResNetEncoder': ( 'encoders/resnet.html#resnetencoder',
                                                                                   'segkit/encoders/resnet.py')},
+            'segkit.encoders.senet': { 'segkit.encoders.senet.SENetEncoder': ( 'encoders/senet.html#senetencoder',
+                                                                               'segkit/encoders/senet.py')},
             'segkit.encoders.universal': { 'segkit.encoders.universal.TimmUniversalEncoder': ( 'encoders/universal.html#timmuniversalencoder',
                                                                                                'segkit/encoders/universal.py'),
                                            'segkit.encoders.universal.TimmUniversalEncoder.__init__': ( 'encoders/universal.html#timmuniversalencoder.__init__',
