@@ -8,7 +8,6 @@ __all__ = ['dpn_stats', 'DPNEncoder']
 # %% ../../nbs/encoders/08_dpn.ipynb #imports
 from collections.abc import Mapping
 
-import torch
 from torch import nn, Tensor
 
 from .native import SequenceEncoder, imagenet_stats, register_native, smp_weights
@@ -21,9 +20,9 @@ class DPNEncoder(SequenceEncoder):
         names = list(layers)
         return [0, *(max(i for i, name in enumerate(names) if name.startswith(f"conv{level}_")) for level in (2, 3, 4, 5))]
 
-    def tap(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor: # Map `(b, c, h, w)`
-        "Both paths as one map"
-        return torch.cat(x, 1).relu() if isinstance(x, tuple) else x
+    def tap(self, x: Tensor) -> Tensor: # Map `(b, c, h, w)`
+        "Both paths, without negative values"
+        return x.relu()
 
 # %% ../../nbs/encoders/08_dpn.ipynb #variants
 dpn_stats = imagenet_stats | {"mean": [124/255, 117/255, 104/255], "std": [1/(.0167*255)]*3}
