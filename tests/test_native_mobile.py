@@ -26,7 +26,7 @@ def pair(name, **arguments):
     "SMP's encoder with random vectors, and ours with its tensors, in float64"
     theirs = randomise(smp.encoders.get_encoder(name, weights=None, **arguments)).double().eval()
     ours, state = get_encoder(name, **arguments).double().eval(), theirs.state_dict()
-    unused = ours.unused_tensors()
+    unused = ours.unused_tensors() if set(state) - set(ours.state_dict()) else {}
     assert all(unused[k] == tuple(state.pop(k).shape) for k in set(state) - set(ours.state_dict()))
     ours.load_state_dict(state)  # strict
     return ours, theirs
@@ -62,8 +62,8 @@ def test_maps_of_smp(name, arguments):
     same_maps(*pair(name, **arguments), arguments.get("in_channels", 3))
 
 
-@pytest.mark.parametrize("name", ["efficientnet-b2", "timm-efficientnet-b0", "mobileone_s0", "timm-skresnext50_32x4d"])
-def test_maps_of_smp_where_a_variant_differs(name): same_maps(*pair(name), size=(64, 96))
+@pytest.mark.parametrize("name, depth", [("efficientnet-b2", 5), ("timm-efficientnet-b0", 5), ("mobileone_s0", 3), ("timm-skresnext50_32x4d", 3)])
+def test_maps_of_smp_where_a_variant_differs(name, depth): same_maps(*pair(name, depth=depth), size=(32, 64))
 
 
 @pytest.mark.parametrize("side", range(8))
@@ -78,8 +78,8 @@ def test_padding_of_every_efficientnet(side):
 @pytest.mark.parametrize("name", SMALL)
 def test_depths_sizes_channels(name):
     for depth in (1, 4):
-        encoder = get_encoder(name, depth=depth, in_channels=4).eval()
-        with torch.no_grad(): found = [tuple(f.shape[1:]) for f in encoder(torch.randn(1, 4, 65, 71))]
+        with torch.device("meta"): encoder = get_encoder(name, depth=depth, in_channels=4).eval()
+        with torch.no_grad(): found = [tuple(f.shape[1:]) for f in encoder(torch.empty(1, 4, 65, 71, device="meta"))]
         assert found == [(c, -(-65//2**i), -(-71//2**i)) for i, c in enumerate(encoder.out_channels)]
         assert set(parameter_stages(encoder).values()) == set(range(1, depth + 1)) and len(parameter_stages(encoder)) == len(list(encoder.parameters()))
     with pytest.raises(ValueError, match="depths 1 to 5"): get_encoder(name, depth=6)
