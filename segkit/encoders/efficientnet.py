@@ -150,7 +150,7 @@ def fan_out(
     module: nn.Module, # Module, changed in place
 ) -> None:
     "Start convolutions by the number of outputs that an input reaches"
-    if not isinstance(module, nn.Conv2d): return
+    if not isinstance(module, nn.Conv2d) or module.weight.is_meta: return
     nn.init.normal_(module.weight, std=(2*module.groups/(module.out_channels*module.kernel_size[0]*module.kernel_size[1]))**.5)
     if module.bias is not None: nn.init.zeros_(module.bias)
 
