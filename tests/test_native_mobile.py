@@ -151,3 +151,12 @@ def test_the_names_that_warn_are_those_of_smp(name):
             get(name, weights=None)
         return any(w.category is DeprecationWarning and "deprecated" in str(w.message) for w in caught)
     assert warned(get_encoder) == warned(smp.encoders.get_encoder) == name.startswith("timm-")
+
+
+def test_every_name_of_smp():
+    "All 76 are in the table, and those that no test above has built have the channels that SMP's table states"
+    names = smp.encoders.get_encoder_names()
+    assert len(names) == 76 and set(names) <= set(get_encoder_names())
+    for name in set(names) - set(NATIVE):
+        with torch.device("meta"): ours = get_encoder(name)
+        assert ours.out_channels == list(smp.encoders.encoders[name]["params"]["out_channels"]), name
