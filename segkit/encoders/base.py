@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['channel_strategies', 'encoder_sources', 'EncoderMixin', 'adapt_first_conv', 'dilate', 'probe', 'check_encoder',
-           'parameter_stages', 'EncoderSource', 'get_encoder', 'get_encoder_names', 'register_encoder']
+           'parameter_stages', 'EncoderSource', 'get_encoder', 'warn_replaced', 'get_encoder_names', 'register_encoder']
 
 # %% ../../nbs/encoders/00_base.ipynb #imports
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -224,11 +225,20 @@ def get_encoder(
         if (encoder := source(name, in_channels, depth, weights, output_stride, channel_strategy=channel_strategy, **kwargs)) is not None: return encoder
     raise UnknownName(_unknown(name))
 
+# %% ../../nbs/encoders/00_base.ipynb #replaced
+def warn_replaced(
+    name: str, # Old name of an encoder
+    present: str, # Name to use in its place
+) -> None:
+    "Warn that `name` is deprecated"
+    warnings.warn(f"the encoder name {name!r} is deprecated; {present!r} takes its place", DeprecationWarning, stacklevel=4)
+
 # %% ../../nbs/encoders/00_base.ipynb #build
 def _build(name, in_channels, depth, weights, output_stride, channel_strategy, kwargs):
     "A native or registered encoder"
     from segkit.encoders.weights import load_weights
     entry = encoders[name]
+    if entry.get("replaced_by"): warn_replaced(name, entry["replaced_by"])
     cls, settings = entry["encoder"], entry.get("pretrained_settings", {})
     params = {**entry.get("params", {}), **kwargs}
     signature = inspect.signature(cls).parameters

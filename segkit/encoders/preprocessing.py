@@ -32,7 +32,9 @@ def get_preprocessing_params(
 def _timm_params(name):
     "From timm's configuration of the pretrained weights"
     from timm.models import get_pretrained_cfg, is_model
-    bare = name.removeprefix("tu-")
+
+    from segkit.encoders.timm_families import present_name
+    bare = present_name(name).removeprefix("tu-")  # some old names stand for timm models
     if not is_model(bare): raise UnknownName(f"there is no encoder {name!r}; {did_you_mean(name, encoders)}")
     cfg = get_pretrained_cfg(bare)
     if cfg is None or not cfg.has_weights: raise ValueError(f"the timm model {bare!r} has no pretrained weights, so nothing says how to normalise for it")
