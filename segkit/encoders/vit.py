@@ -150,10 +150,15 @@ def get_vit_encoder(
     weights: Any = None, # None or False; True or "imagenet"; a file; a state dict; a function that returns one
     output_indices: Sequence[int] | None = None, # Which blocks; None for equal distances
     channel_strategy: str | Callable[[Tensor, int], Tensor] = "tile", # How weights for 3 channels become weights for `in_channels`
+    use_checkpoint: bool = False, # Recompute blocks in the backward pass, which saves memory
     **kwargs, # Arguments of the timm model
 ) -> TimmViTEncoder: # Encoder
     "Build a `TimmViTEncoder`, with weights"
     import timm
+    if use_checkpoint:
+        encoder = get_vit_encoder(name, in_channels, depth, weights, output_indices, channel_strategy, **kwargs)
+        encoder.set_gradient_checkpointing()
+        return encoder
     if isinstance(name, TimmViTEncoder): return _given(name, in_channels, depth, channel_strategy)
     if isinstance(name, nn.Module): raise TypeError(f"expected a name or a TimmViTEncoder, got {type(name).__name__}")
     bare = name.removeprefix("tu-")
