@@ -182,7 +182,8 @@ def _respelt(state, own):
 
 def _misfit(owner, state, own, missing, wrong):
     "Why a state dict does not fit"
-    text = f"these weights do not fit encoder {owner!r}: {len(own)-len(missing)-len(wrong)} of its {len(own)} tensors match"
+    fits = sum(k in state and state[k].shape == t.shape for k, t in own.items())
+    text = f"these weights do not fit encoder {owner!r}: {fits} of its {len(own)} tensors match"
     if wrong: text += f". Of another shape: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
     if missing:
         spare = [k for k in state if k not in own]
