@@ -173,8 +173,8 @@ def load_weights(
     return True
 
 def _respelt(state, own):
-    "Tensors whose name differs in dots, underscores or a leading `model.` only, under the names that are wanted"
-    spell = lambda k: k.removeprefix("model.").replace("_", ".")
+    "Tensors whose name differs in dots, underscores or a leading `model.` or `body.` only, under the names that are wanted"
+    spell = lambda k: k.removeprefix("model.").removeprefix("body.").replace("_", ".")
     lost, spare = ({} for _ in range(2))
     for names, found in (((k for k in own if k not in state), lost), ((k for k in state if k not in own), spare)):
         for k in names: found.setdefault(spell(k), []).append(k)
