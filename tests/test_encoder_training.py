@@ -43,5 +43,5 @@ def test_the_loss_falls(name, arch, batch):
         loss = F.cross_entropy(model(image), mask)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < .8*losses[0], losses
+    assert losses[-1] < .9*losses[0], losses
     assert any(not torch.equal(p, q) for p, q in zip(start, model.encoder.parameters(), strict=True))
