@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['channel_strategies', 'encoder_sources', 'EncoderMixin', 'adapt_first_conv', 'dilate', 'probe', 'check_encoder',
-           'parameter_stages', 'EncoderSource', 'get_encoder', 'get_encoder_names', 'register_encoder']
+           'parameter_stages', 'EncoderSource', 'get_encoder', 'warn_replaced', 'get_encoder_names', 'register_encoder']
 
 # %% ../../nbs/encoders/00_base.ipynb #imports
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -243,10 +244,19 @@ def _named(name, in_channels, depth, weights, output_stride, channel_strategy, k
         if (encoder := source(name, in_channels, depth, weights, output_stride, channel_strategy=channel_strategy, **kwargs)) is not None: return encoder
     raise UnknownName(_unknown(name))
 
+# %% ../../nbs/encoders/00_base.ipynb #replaced
+def warn_replaced(
+    name: str, # Old name of an encoder
+    present: str, # Name to use in its place
+) -> None:
+    "Warn that `name` is deprecated"
+    warnings.warn(f"the encoder name {name!r} is deprecated; {present!r} takes its place", DeprecationWarning, stacklevel=5)
+
 # %% ../../nbs/encoders/00_base.ipynb #build
 def _build(name, entry, in_channels, depth, weights, output_stride, channel_strategy, kwargs):
     "A native or registered encoder, or one of a class that was given"
     from segkit.encoders.weights import load_weights
+    if entry.get("replaced_by"): warn_replaced(name, entry["replaced_by"])
     cls, settings = entry["encoder"], entry.get("pretrained_settings", {})
     params = {**entry.get("params", {}), **kwargs}
     signature = inspect.signature(cls).parameters

@@ -37,7 +37,9 @@ def get_preprocessing_params(
 def _timm_params(name, pretrained):
     "From timm's configuration of the pretrained weights"
     from timm.models import get_pretrained_cfg, is_model, list_pretrained
-    bare = name.removeprefix("tu-")
+
+    from segkit.encoders.timm_families import present_name
+    bare = present_name(name).removeprefix("tu-")  # some old names stand for timm models
     if not is_model(bare): raise UnknownName(f"there is no encoder {name!r}; {did_you_mean(name, encoders)}")
     if pretrained not in ("imagenet", True, None) and "." not in bare:
         tags = [full.partition(".")[2] for full in list_pretrained(f"{bare}.*")]
@@ -133,7 +135,7 @@ def get_normalize(
     encoder_name: str | nn.Module, # Name of an encoder, or a timm model
     pretrained: str | bool = "imagenet", # Tag of the weights
     cuda: bool = False, # Put the statistics on the graphics card at once
-): # fastai's `Normalize`, for `batch_tfms`
+) -> Any: # fastai's `Normalize`, for `batch_tfms`
     "fastai's `Normalize` with the numbers of one encoder"
     from fastai.data.transforms import Normalize
     return Normalize.from_stats(*unit_statistics(get_preprocessing_params(encoder_name, pretrained)), cuda=cuda)
