@@ -113,6 +113,14 @@ def test_a_file_is_read_without_running_code(tmp_path):
     with pytest.raises(Exception, match="[Ww]eights.only"): get_encoder("resnet18", weights=tmp_path/"module.pth")
 
 
+def test_a_tag_of_timm_in_either_place(monkeypatch):
+    asked = []
+    monkeypatch.setattr("segkit.encoders.universal._pretrained", lambda name, bare, build: asked.append(bare) or build(False))
+    for name, weights in [("tu-test_resnet.r160_in1k", True), ("tu-test_resnet", "r160_in1k"), ("tu-test_resnet", "imagenet")]: get_encoder(name, weights=weights)
+    assert asked == ["test_resnet.r160_in1k", "test_resnet.r160_in1k", "test_resnet"]
+    with pytest.raises(KeyError, match="has no weights .r16_in1k.; did you mean .r160_in1k.. Its tags: .imagenet., .r160_in1k."): get_encoder("tu-test_resnet", weights="r16_in1k")
+
+
 @pytest.mark.parametrize("change, error, says", [
     (lambda e: setattr(e, "_out_channels", [3, 16, 32, 128, 256, 512]), ValueError, r"level 2 is \(1, 64, 16, 16\), expected \(1, 32, 16, 16\)"),
     (lambda e: setattr(e, "_out_channels", [3, 16]), ValueError, "needs 6 numbers in _out_channels"),

@@ -16,7 +16,7 @@ import torch
 from torch import nn, Tensor
 
 from ..core.registry import UnknownName, check_choice, did_you_mean, encoders
-from .weights import unknown_tag
+from .weights import unknown_tag, with_tag
 
 # %% ../../nbs/encoders/85_preprocessing.ipynb #params
 def get_preprocessing_params(
@@ -36,15 +36,14 @@ def get_preprocessing_params(
 
 def _timm_params(name, pretrained):
     "From timm's configuration of the pretrained weights"
-    from timm.models import get_pretrained_cfg, is_model, list_pretrained
+    from timm.models import get_pretrained_cfg, is_model
 
     from segkit.encoders.timm_families import present_name
     bare = present_name(name).removeprefix("tu-")  # some old names stand for timm models
     if not is_model(bare): raise UnknownName(f"there is no encoder {name!r}; {did_you_mean(name, encoders)}")
-    if pretrained not in ("imagenet", True, None) and "." not in bare:
-        tags = [full.partition(".")[2] for full in list_pretrained(f"{bare}.*")]
-        if pretrained not in tags: raise ValueError(unknown_tag(name, pretrained, tags))
-        bare = f"{bare}.{pretrained}"
+    if "." not in bare:
+        try: bare, _ = with_tag(bare, pretrained)
+        except UnknownName as error: raise ValueError(str(error)) from None
     cfg = get_pretrained_cfg(bare)
     if cfg is None or not cfg.has_weights: raise ValueError(f"the timm model {bare!r} has no pretrained weights, so nothing says how to normalise for it")
     return {"input_space": "RGB", "input_range": [0, 1], "mean": list(cfg.mean), "std": list(cfg.std)}

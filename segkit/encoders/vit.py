@@ -19,7 +19,7 @@ from ..core.model import pad_to_multiple
 from ..core.registry import encoders
 from .base import EncoderMixin, parameter_stages
 from .universal import _no_timm_model, _pretrained
-from .weights import load_weights
+from .weights import load_weights, with_tag
 
 # %% ../../nbs/encoders/20_vit.ipynb #facts
 @lru_cache(maxsize=None)
@@ -161,7 +161,7 @@ def get_vit_encoder(
         return encoder
     if isinstance(name, TimmViTEncoder): return _given(name, in_channels, depth, channel_strategy)
     if isinstance(name, nn.Module): raise TypeError(f"expected a name or a TimmViTEncoder, got {type(name).__name__}")
-    bare = name.removeprefix("tu-")
+    bare, weights = with_tag(name.removeprefix("tu-"), weights)
     if name in encoders: raise ValueError(f"encoder_name={name!r} is a pyramid, and DPT reads the blocks of a timm model" + (f": use 'tu-{name}'" if timm.is_model(name) else ""))
     if not timm.is_model(bare): raise _no_timm_model(bare)
     build = lambda pretrained: TimmViTEncoder(bare, pretrained, depth=depth, output_indices=output_indices, **kwargs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wrappers', 'suffixes', 'read_state_dict', 'is_file', 'cache_folder', 'fetch', 'offline_help', 'resolve_weights',
-           'unknown_tag', 'load_weights']
+           'unknown_tag', 'load_weights', 'timm_tags', 'with_tag']
 
 # %% ../../nbs/encoders/01_weights.ipynb #imports
 import hashlib
@@ -189,3 +189,21 @@ def _misfit(owner, state, own, missing, wrong):
         spare = [k for k in state if k not in own]
         text += f". Missing: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; given and not known: {', '.join(spare[:3]) or 'none'}{' ...' if len(spare) > 3 else ''}"
     return text
+
+# %% ../../nbs/encoders/01_weights.ipynb #tags
+def timm_tags(
+    name: str, # Name of a timm model, with or without tag
+) -> list[str]: # Tags, without the name
+    "Tags of the weights that timm has for a model; needs no network"
+    from timm.models import list_pretrained
+    return [full.partition(".")[2] for full in list_pretrained(f"{name.partition('.')[0]}.*")]
+
+def with_tag(
+    name: str, # What the user wrote, or the name of a timm model
+    weights: Any, # Argument `encoder_weights`
+) -> tuple[str, Any]: # The timm name with the tag in it and True, if `weights` is a tag; otherwise both as they were
+    "Move a tag from `encoder_weights` into the name"
+    from timm.models import is_model
+    if not isinstance(weights, str) or weights == "imagenet" or is_file(weights) or not is_model(name): return name, weights
+    if weights not in (tags := timm_tags(name)): raise UnknownName(unknown_tag(f"tu-{name}", weights, ["imagenet", *tags] if tags else []))
+    return f"{name.partition('.')[0]}.{weights}", True
