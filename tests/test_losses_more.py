@@ -101,9 +101,11 @@ def test_no_weight_where_nothing_counts():
     for e in (errors, errors.double()): assert lovasz_weights(e, labels).tolist() == [[0, 1, 0], [0, 0, 0]]
 
 
-def test_ties_are_ranked_by_place():
+def test_ties_are_ranked_misses_first_then_by_place():
     weights = lovasz_weights(torch.full((5,), .5), torch.tensor([0, 1, 0, 1, 0]).bool())
-    assert_close(weights, torch.tensor([1/3, 1/3, 1/12, 1/4, 0]))
+    assert_close(weights, torch.tensor([0, 1/2, 0, 1/2, 0]))
+    weights = lovasz_weights(torch.tensor([.5, .5, .5, .5, .2]), torch.tensor([0, 1, 0, 0, 1]).bool())
+    assert_close(weights, torch.tensor([1/6, 1/2, 1/12, 1/20, 1/5]))
     big = lovasz_weights(torch.full((2, 100_000), .5), torch.zeros(2, 100_000).bool())
     assert (big[:, 0] == 1).all() and (big[:, 1:] == 0).all()
 
