@@ -163,6 +163,29 @@ def test_mcc_refuses_logits_as_probabilities():
     with pytest.raises(ValueError, match="from_logits=False: y_pred must hold probabilities"): losses.MCCLoss()(logits, target)
 
 
+@pytest.mark.parametrize("margin", [0, 9])
+@pytest.mark.parametrize("void", [None, 255])
+def test_long_rows_equal_the_plain_form(margin, void):
+    """Rows of 4,096 pixels and more are ranked one by one, without the alarms below the smallest miss."""
+    logits, target = data("multiclass", (64, 64), b=2, c=5, dtype=torch.float64)
+    target[target == 3] = 1
+    logits = logits.scatter_add(1, target[:, None], torch.full_like(logits[:, :1], margin))
+    if void: target[:, :9] = void
+    plain, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    values = []
+    for c in [0, 1, 2, 4]:  # the definition, by differences of Jaccard losses
+        keep = target != 255
+        yes, errors = (target == c)[keep], (plain.softmax(1)[:, c] - (target == c).double()).abs()[keep]
+        order = errors.detach().argsort(descending=True)
+        hit = yes[order].double()
+        jaccard = 1 - (hit.sum() - hit.cumsum(0)) / (hit.sum() + (1 - hit).cumsum(0))
+        values.append(errors[order] @ jaccard.diff(prepend=jaccard.new_zeros(1)))
+    exact = torch.stack(values).mean()
+    value = losses.LovaszLoss("multiclass", ignore_index=void)(ours, target)
+    assert_close(value, exact)
+    assert_close(torch.autograd.grad(value, ours), torch.autograd.grad(exact, plain), rtol=1e-8, atol=1e-14)
+
+
 # --- what holds for every loss ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", MODES)
