@@ -272,3 +272,22 @@ def test_no_loop_over_classes(name, mode):
 def test_compiles(name):
     loss, (logits, target) = make(name, "multiclass", ignore_index=3), data("multiclass", (6, 5))
     assert_close(gradient(torch.compile(loss, backend="eager"), logits, target), gradient(loss, logits, target))
+
+
+class ScalarReads(TorchDispatchMode):
+    """How often a value is read back from a tensor: on a GPU each time is a synchronisation."""
+    reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if "multiclass" in spec.modes and not spec.loops])
+def test_no_synchronisation_on_a_gpu(name, monkeypatch):
+    """The way a GPU goes, which compilation shares, without a GPU."""
+    loss, (logits, target) = make(name, "multiclass", ignore_index=255), data("multiclass", (6, 5))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with ScalarReads() as count: loss(logits.requires_grad_(), target).backward()
+    assert count.reads == 0
+    with pytest.raises(RuntimeError, match="y_true must hold labels from 0 to 3"): loss(logits, target + 90)
