@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from ..core.layers import LayerNorm2d
 from ..core.registry import check_choice
-from .base import EncoderMixin, parameter_stages, probe
+from .base import EncoderMixin, _run, parameter_stages
 from .universal import find_fit, made_for, weightless
 from .vit import block_facts, sample_block_indices_uniformly
 
@@ -136,8 +136,15 @@ class _Quarters(nn.Module, EncoderMixin):
 
 def _unused(encoder):
     "Parameters that no level depends on, such as a class token that is read by the classifier only"
-    maps, parameters = probe(encoder)
-    with torch.enable_grad(): total = sum(f.sum() for f in maps if f.requires_grad)
+    modes = [(m, m.training) for m in encoder.modules()]
+    encoder.eval()
+    try:
+        with torch.enable_grad():
+            maps, parameters = _run(encoder, encoder._probe_size, "meta")
+            total = sum(f.sum() for f in maps if f.requires_grad)
+    except (RuntimeError, NotImplementedError): return []  # a model that looks at values cannot run without them
+    finally:
+        for m, mode in modes: m.training = mode
     grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return [encoder.get_parameter(key) for key, grad in zip(parameters, grads) if grad is None]
 

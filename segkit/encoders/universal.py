@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn, Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..core.layers import resize
 from ..core.model import pad_to_least, pad_to_multiple
@@ -22,16 +23,24 @@ from .base import EncoderMixin, encoder_sources, parameter_stages
 from .weights import load_weights, offline_help
 
 # %% ../../nbs/encoders/02_universal.ipynb #weightless
-@lru_cache(maxsize=2)
+class _WithoutValues(TorchFunctionMode):
+    "Make tensors on the meta device, and pass over what would fill them"
+    fills = {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_, torch.Tensor.clamp_, torch.Tensor.mul_, torch.Tensor.add_,
+             torch.Tensor.zero_, torch.Tensor.fill_}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func in self.fills and args[0].is_meta else func(*args, **(kwargs or {}))
+
+@lru_cache(maxsize=3)
 def _weightless(name, given):
     import timm
-    with torch.device("meta"): return timm.create_model(name, pretrained=False, **dict(given)).eval()
+    with torch.device("meta"), _WithoutValues(): return timm.create_model(name, pretrained=False, **dict(given)).eval()
 
 def weightless(
     name: str, # Name of a timm model, with or without tag
     **kwargs, # Arguments of the timm model
 ) -> nn.Module: # The model on the meta device: shapes without values; not to be changed
-    "A model to ask questions of; the last two are kept, since questions come in a row"
+    "A model to ask questions of; the last few are kept, since questions come in a row"
     try: return _weightless(name, tuple(sorted(kwargs.items())))
     except TypeError as error:
         if "unhashable" not in str(error): raise
