@@ -14,7 +14,7 @@ KINDS = {  # name -> architecture it is tried in, and an odd size
     "deit_tiny_distilled_patch16_224": ("unet", (50, 71)),  # two prefix tokens
     "eva02_tiny_patch14_224": ("linknet", (45, 64)),  # patch of 14, rotary positions
     "vit_relpos_small_patch16_224": ("pspnet", (48, 48)),  # of one size
-    "test_mixer": ("upernet", (47, 66)),  # of one size, no attention
+    "gmixer_12_224": ("upernet", (47, 66)),  # of one size, no attention
     "xcit_nano_12_p8_224": ("segformer", (41, 63)),  # stride 8, the class token comes late
     "swin_tiny_patch4_window7_224": ("manet", (70, 100)),  # channels last, of one size until asked
     "levit_128s": ("unetplusplus", (40, 60)),  # 16, 32, 64

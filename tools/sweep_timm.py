@@ -3,7 +3,7 @@
     python tools/sweep_timm.py                    # go on where the last run stopped; at the end write the table
     python tools/sweep_timm.py --only 'levit*'    # some models
     python tools/sweep_timm.py --redo failed      # again what failed (or `all`)
-    python tools/sweep_timm.py --part 0/2         # the first of two halves, to run beside the other
+    python tools/sweep_timm.py --part 0/2         # the first half; run the other beside it
 
 Nothing is downloaded and no weight has a value: everything runs on PyTorch's meta device. Each result is a line
 of the working file (`--work`); the table (`--table`) has one row for each model, sorted by name.
@@ -173,7 +173,7 @@ def main():
     parser.add_argument("--skip", default="", help="pattern of names to leave out")
     parser.add_argument("--names", type=Path, help="file with one name a line")
     parser.add_argument("--redo", choices=["failed", "all"], help="run again what is in the working file")
-    parser.add_argument("--part", default="0/1", help="k/n: every n-th model, from k")
+    parser.add_argument("--part", default="0/1", help="k/n: part k, from 0, of n")
     parser.add_argument("--work", type=Path, default=ROOT/"build"/"sweep_timm.jsonl")
     parser.add_argument("--table", type=Path, default=ROOT/"segkit"/"encoders"/"timm_models.tsv")
     parser.add_argument("--seconds", type=int, default=240, help="limit for one model")
@@ -185,7 +185,8 @@ def main():
     rows = {r["name"]: r for r in map(json.loads, args.work.read_text().splitlines())} if args.work.exists() else {}
     wanted = set(args.names.read_text().split()) if args.names else set(fnmatch.filter(every, args.only))
     k, n = map(int, args.part.split("/"))
-    todo = [m for m in every if m in wanted and not fnmatch.fnmatch(m, args.skip) and (m not in rows or args.redo == "all" or (args.redo == "failed" and not rows[m]["ok"]))][k::n]
+    todo = [m for m in every if m in wanted and not fnmatch.fnmatch(m, args.skip) and (m not in rows or args.redo == "all" or (args.redo == "failed" and not rows[m]["ok"]))]
+    todo = todo[k*len(todo)//n:(k + 1)*len(todo)//n]  # neighbours have maps of the same channels
     args.work.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for i, name in enumerate(todo, 1):
