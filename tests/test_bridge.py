@@ -10,28 +10,19 @@ from segkit.encoders.bridge import TimmBridgeEncoder, choose_maps
 from segkit.encoders.universal import Fit, TimmUniversalEncoder, find_fit
 
 KINDS = {  # name -> architecture it is tried in, and an odd size
-    "vit_tiny_patch16_224": ("fpn", (65, 97)),  # freed by dynamic_img_size
     "deit_tiny_distilled_patch16_224": ("unet", (50, 71)),  # two prefix tokens
     "eva02_tiny_patch14_224": ("linknet", (45, 64)),  # patch of 14, rotary positions
-    "vit_relpos_small_patch16_224": ("pspnet", (48, 48)),  # of one size
     "gmixer_12_224": ("upernet", (47, 66)),  # of one size, no attention
-    "xcit_nano_12_p8_224": ("segformer", (41, 63)),  # stride 8, the class token comes late
     "swin_tiny_patch4_window7_224": ("manet", (70, 100)),  # channels last, of one size until asked
     "levit_128s": ("unetplusplus", (40, 60)),  # 16, 32, 64
-    "efficientvit_m0": ("pan", (65, 40)),  # the same, convolutions between
     "pit_ti_224": ("fpn", (60, 60)),  # 8, 16, 32
-    "crossvit_tiny_240": ("linknet", (60, 62)),  # two streams
     "nest_tiny": ("segformer", (30, 50)),  # 4, 8, 16, no deeper
     "convmixer_768_32": ("deeplabv3plus", (29, 43)),  # stride 7
-    "inception_v3": ("unet", (61, 90)),  # convolutions without padding
-    "visformer_tiny": ("deeplabv3", (40, 64)),  # 8, 16, 32
     "test_vit2": ("pan", (33, 70)),
 }
-SAMPLE = ["beit_base_patch16_224", "cait_xxs24_224", "coat_tiny", "convit_tiny", "csatv2", "davit_tiny", "dla34", "darknet17", "dpn68",
-          "efficientvim_m1", "fastvit_t8", "focalnet_tiny_srf", "gmlp_s16_224", "halonet26t", "hiera_tiny_224", "hrnet_w18_small",
-          "maxvit_tiny_rw_224", "mobilenetv3_small_050", "mvitv2_tiny", "naflexvit_base_patch16_gap", "pnasnet5large", "regnetx_002",
-          "resmlp_12_224", "rexnet_100", "shvit_s1", "swinv2_cr_tiny_ns_224", "tresnet_m", "twins_svt_small", "vgg11", "vitamin_small_224",
-          "vit_small_patch14_dinov2", "vit_small_r26_s32_224", "volo_d1_224"]
+SAMPLE = ["beit_base_patch16_224", "cait_xxs24_224", "dla34", "darknet17", "dpn68", "efficientvim_m1", "gmlp_s16_224", "hiera_tiny_224",
+          "maxvit_tiny_rw_224", "mobilenetv3_small_050", "naflexvit_base_patch16_gap", "regnetx_002", "shvit_s1", "tresnet_m", "vgg11",
+          "visformer_tiny", "vit_small_r26_s32_224", "xcit_nano_12_p8_224"]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -57,12 +48,12 @@ def test_sample_of_the_sweep(name):
     assert all(encoder.out_channels[2:])
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "levit_128s", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["test_vit2", "levit_128s"])
 @pytest.mark.parametrize("bridge", ["simple", "resize"])
 def test_depths_and_strides(name, bridge):
     with torch.device("meta"):
-        for depth in range(1, 6):
-            for output_stride in (8, 16, 32):
+        for depth in (1, 4, 5):
+            for output_stride in (16, 32):
                 encoder = get_encoder(f"tu-{name}", depth=depth, output_stride=output_stride, bridge=bridge, in_channels=2)
                 assert encoder.depth == depth and encoder.out_channels[-1] and encoder.output_stride == min(2**depth, output_stride)
                 check_encoder(encoder)

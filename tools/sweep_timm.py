@@ -1,6 +1,6 @@
 """Build every timm model as an encoder, run it, give its maps to every decoder, and write down what came out.
 
-    python tools/sweep_timm.py                    # go on where the last run stopped; at the end write the table
+    python tools/sweep_timm.py                    # go on where the last run stopped; then write the table
     python tools/sweep_timm.py --only 'levit*'    # some models
     python tools/sweep_timm.py --redo failed      # again what failed (or `all`)
     python tools/sweep_timm.py --part 0/2         # the first half; run the other beside it
@@ -195,7 +195,7 @@ def main():
         minutes = (time.monotonic() - began)/60
         print(f"{i}/{len(todo)} {minutes:.1f} min, {minutes/i*(len(todo) - i):.0f} to go | {name}: {row['reason'] or 'ok'}", flush=True)
     print(f"{sum(r['ok'] for r in rows.values())} of {len(rows)} work; {len(set(every) - set(rows))} not tried yet")
-    if set(every) <= set(rows): write_table(args.table, {m: rows[m] for m in every})
+    write_table(args.table, {m: rows[m] for m in every if m in rows})
 
 
 if __name__ == "__main__":
