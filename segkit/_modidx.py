@@ -537,6 +537,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'segkit/encoders/bridge.py'),
                                         'segkit.encoders.bridge._blocks': ('encoders/bridge.html#_blocks', 'segkit/encoders/bridge.py'),
                                         'segkit.encoders.bridge._build': ('encoders/bridge.html#_build', 'segkit/encoders/bridge.py'),
+                                        'segkit.encoders.bridge._norm_fits': ( 'encoders/bridge.html#_norm_fits',
+                                                                               'segkit/encoders/bridge.py'),
                                         'segkit.encoders.bridge._resized_level': ( 'encoders/bridge.html#_resized_level',
                                                                                    'segkit/encoders/bridge.py'),
                                         'segkit.encoders.bridge._simple_level': ( 'encoders/bridge.html#_simple_level',

@@ -113,12 +113,14 @@ def sweep(name, device="meta"):
     step = "build"
     try:
         with torch.device(device): encoder = get_encoder(f"tu-{name}").eval()
+        parameters = sum(p.numel() for p in encoder.parameters())
+        encoder.requires_grad_(False)  # the counter trips over a token that is a parameter
         bridged = isinstance(encoder, TimmBridgeEncoder)
         fit = encoder.fit
         how = ("fixed" if fit.size else f"loose {fit.least}" if fit.loose else f"{'stretch' if fit.stretch else 'pad'} {fit.multiple}" if not fit.free else "free")
         strides = sorted(set(block_facts(name)[0])) if bridged else [2**level for level in encoder._levels]
         row |= {"kind": "bridge" if bridged else "pyramid", "strides": ",".join(map(str, strides)), "channels": ",".join(map(str, encoder.out_channels)),
-                "fit": " ".join([how, *(f"{k}={v}" for k, v in fit.arguments)]), "parameters": sum(p.numel() for p in encoder.parameters())}
+                "fit": " ".join([how, *(f"{k}={v}" for k, v in fit.arguments)]), "parameters": parameters}
         step = "run"
         with FlopCounterMode(display=False) as counter: check_maps(encoder, SIZES[0], device)
         row["multiply_adds"] = counter.get_total_flops()//2

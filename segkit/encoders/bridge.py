@@ -82,8 +82,7 @@ class TimmBridgeEncoder(nn.Module, EncoderMixin):
         self._targets = _targets(name, strides, depth, output_stride)
         chosen = [list(blocks)[i] for i in choose_maps(strides, list(self._targets.values()), spread)]
         self._source, self.indices = dict(zip(self._targets, chosen)), sorted(set(chosen))
-        self._norm = len({level_of(s) for s in block_facts(name)[0]}) == 1
-        self.model, self.fit, self._made_with = _build(name, pretrained, in_channels, self.indices, self._norm, kwargs)
+        self.model, self.fit, self._norm, self._made_with = _build(name, pretrained, in_channels, self.indices, kwargs)
         made = {level: build(channels[i], level_of(blocks[i]) - self._targets[level]) for level, i in self._source.items()}
         self.bridge = nn.ModuleDict({str(level): module for level, (module, _) in made.items()})
         self._out_channels = [in_channels] + [made[level][1] if level in made else 0 for level in range(1, depth + 1)]
@@ -164,25 +163,35 @@ def _targets(name, strides, depth, output_stride):
     return {level: level if output_stride == 32 else min(level, level_of(output_stride)) for level in range(max(1, finest), depth + 1)}
 
 # %% ../../nbs/encoders/21_bridge.ipynb #build
-def _build(name, pretrained, in_channels, indices, norm, kwargs):
-    "The timm model without what lies behind the last block that is read, its `Fit`, and what it was made with"
+def _build(name, pretrained, in_channels, indices, kwargs):
+    "The timm model without what lies behind the last block that is read, its `Fit`, whether its last norm is read, and what it was made with"
     import timm
     if clash := {"features_only", "out_indices", "in_chans", "num_classes", "pretrained"} & set(kwargs):
         raise ValueError(f"{', '.join(map(repr, sorted(clash)))} of the timm model {name!r}: segkit sets it; use encoder_weights, in_channels and encoder_depth")
     try:
-        fit = _block_fit(name, tuple(indices), tuple(sorted(kwargs.items())))
+        fit, norm = _block_fit(name, tuple(indices), tuple(sorted(kwargs.items())))
         kwargs = dict(fit.arguments) | kwargs
         model = timm.create_model(name, pretrained=pretrained, in_chans=in_channels, **kwargs)
     except TypeError as error: raise TypeError(f"the timm model {name!r} does not take one of these arguments: {error}") from None
     model.prune_intermediate_layers(indices, prune_norm=not norm, prune_head=True)
-    return model, fit, kwargs
+    return model, fit, norm, kwargs
 
 @lru_cache(maxsize=None)
 def _block_fit(name, indices, given):
-    "What the model needs to take an image of any size, found by trial"
+    "What the model needs to take an image of any size, and whether its last norm fits the maps; found by trial"
     def make(**arguments):
         model = weightless(name, **arguments | dict(given))
         return lambda x: model.forward_intermediates(x, indices=list(indices), output_fmt="NCHW", intermediates_only=True)
     strides = [block_facts(name)[0][i] for i in indices]
     fit = find_fit(make, strides, made_for(name, dict(given)))
-    return replace(fit, multiple=max(strides)) if fit.free else fit  # a finer level must know where the image ends within the last cell
+    if fit.free: fit = replace(fit, multiple=max(strides))  # a finer level must know where the image ends within the last cell
+    norm = len({level_of(s) for s in block_facts(name)[0]}) == 1 and _norm_fits(weightless(name, **dict(fit.arguments) | dict(given)), fit, indices)
+    return fit, norm
+
+def _norm_fits(model, fit, indices):
+    "Whether the model's last norm leaves the maps their channels; that of SAM is a neck, which does not"
+    image = fit.image(torch.empty(1, 3, 64, 96, device="meta"))
+    run = lambda norm: model.forward_intermediates(image, indices=list(indices), norm=norm, output_fmt="NCHW", intermediates_only=True)
+    try:
+        with torch.no_grad(): return [f.shape for f in run(True)] == [f.shape for f in run(False)]
+    except Exception: return False
