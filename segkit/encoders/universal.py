@@ -20,7 +20,7 @@ from ..core.layers import resize
 from ..core.model import pad_to_least, pad_to_multiple
 from ..core.registry import did_you_mean, nearest
 from .base import EncoderMixin, encoder_sources, parameter_stages
-from .weights import load_weights, offline_help
+from .weights import load_weights, offline_help, with_tag
 
 # %% ../../nbs/encoders/02_universal.ipynb #weightless
 class _WithoutValues(TorchFunctionMode):
@@ -259,6 +259,7 @@ def timm_source(
     "Build a `TimmUniversalEncoder`, or a `TimmBridgeEncoder` where there is no pyramid, for a name that timm knows"
     import timm
     prefixed, bare = name.startswith("tu-"), name.removeprefix("tu-")
+    bare, weights = with_tag(bare, weights)
     if not timm.is_model(bare):
         if prefixed: raise _no_timm_model(bare)
         return None
