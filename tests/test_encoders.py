@@ -166,7 +166,7 @@ def test_features_of_smp(name, output_stride):
     ({"name": "resnet18", "depth": 6}, ValueError, "depths 1 to 5"), ({"name": "resnet18", "depth": 0}, ValueError, "encoder_depth=0"),
     ({"name": "resnet18", "output_stride": 4}, ValueError, "expected 8 or 16"),
     ({"name": "resnet18", "weights": {"conv1.weight": torch.ones(64, 3, 7, 7)}}, ValueError, "of its .* tensors match.*Missing: bn1.weight"),
-    ({"name": "tu-vit_tiny_patch16_224"}, ValueError, "strides 16, 16, 16"),
+    ({"name": "tu-vit_tiny_patch16_224", "depth": 6}, ValueError, "use a depth of 1 to 5"),
     ({"name": "tu-swin_tiny_patch4_window7_224", "output_stride": 8}, ValueError, "cannot be dilated"),
     ({"name": nn.Conv2d(3, 3, 3)}, TypeError, "Conv2d that was given is not an encoder: it returned Tensor"),
     ({"name": "resnet18", "depht": 3}, TypeError, "encoder 'resnet18' has no argument 'depht'"),

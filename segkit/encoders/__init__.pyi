@@ -5,6 +5,8 @@ from .base import get_encoder as get_encoder
 from .base import get_encoder_names as get_encoder_names
 from .base import parameter_stages as parameter_stages
 from .base import register_encoder as register_encoder
+from .bridge import TimmBridgeEncoder as TimmBridgeEncoder
+from .catalog import list_encoders as list_encoders
 from .given import ModuleEncoder as ModuleEncoder
 from .preprocessing import Preprocess as Preprocess
 from .preprocessing import get_normalize as get_normalize

@@ -18,7 +18,7 @@ from ..core.layers import resize
 from ..core.model import pad_to_multiple
 from ..core.registry import encoders
 from .base import EncoderMixin, parameter_stages
-from .universal import _no_timm_model, _pretrained
+from .universal import _no_timm_model, _pretrained, weightless
 from .weights import load_weights, with_tag
 
 # %% ../../nbs/encoders/20_vit.ipynb #facts
@@ -27,8 +27,7 @@ def block_facts(
     name: str, # Name of a timm model, with or without tag
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int] | None, bool]: # Strides and channels of each block's map, the one size it takes or None, and whether `dynamic_img_size` frees it
     "What timm says about the blocks of a model; read once, without making its weights"
-    import timm
-    with torch.device("meta"): model = timm.create_model(name, pretrained=False)
+    model = weightless(name)
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"the timm model {name!r} does not give the maps between its blocks; choose another, such as 'vit_base_patch16_224'")
     blocks, cfg = list(model.feature_info), model.pretrained_cfg
@@ -37,9 +36,7 @@ def block_facts(
 
 def _is_freed(name):
     "Whether the model takes another size once it is asked to"
-    import timm
-    try:
-        with torch.device("meta"): return bool(timm.create_model(name, pretrained=False, dynamic_img_size=True))
+    try: return bool(weightless(name, dynamic_img_size=True))
     except TypeError: return False
 
 # %% ../../nbs/encoders/20_vit.ipynb #indices
