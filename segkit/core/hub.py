@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .building import skip_init
 from .registry import architectures, did_you_mean, encoders
 
 # %% ../../nbs/core/04_hub.ipynb #config
@@ -149,7 +151,7 @@ class HubMixin:
         if not issubclass(saved, cls):
             raise ValueError(f"{str(name)!r} holds a {saved.__name__}, not a {cls.__name__}: use segkit.{saved.__name__}.from_pretrained or segkit.from_pretrained")
         arguments = {k: _restored(v) for k, v in config.items() if not k.startswith("_")} | overrides
-        model = saved(**arguments | {"encoder_weights": None})
+        with skip_init() if strict else nullcontext(): model = saved(**arguments | {"encoder_weights": None})
         model.config["encoder_weights"] = arguments.get("encoder_weights")
         state = read_state_dict(_file(name, "model.safetensors", hub))
         if strict: model.load_state_dict(state)

@@ -10,7 +10,7 @@ __all__ = ['LEARNER_ARGUMENTS', 'unbatch', 'SegmentationLearner', 'kept_history'
 # %% ../../nbs/learner/03_learner.ipynb #imports
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..core.registry import architectures, check_keywords, did_you_mean
 from ..encoders import get_preprocessing_params
 from .callbacks import CheckTargets, FreezeBatchNorm, GuardMixing
 from .display import show_predictions
+from .distributed import several_processes
 from .metrics import default_metrics
 from .splitter import CheckedSplitter, segmentation_splitter, unwrap
 from .targets import Targets, check_items, read_targets
@@ -385,6 +386,15 @@ def predict_tiled(self: SegmentationLearner,
 
 @patch
 def _watch(self: SegmentationLearner, rows): return progress_bar(rows, leave=False) if hasattr(self, "progress") else rows
+
+# %% ../../nbs/learner/03_learner.ipynb #processes
+@patch
+def distrib_ctx(self: SegmentationLearner,
+    sync_bn: bool | None = None, # Share the statistics of BatchNorm among processes; None: on a GPU
+    **kwargs: Any, # Arguments of fastai's `distrib_ctx` and of accelerate's `Accelerator`
+) -> AbstractContextManager: # Context with the learner
+    "A context in which `fit` trains in all processes that were launched; with one process, nothing changes"
+    return several_processes(self, sync_bn, **kwargs)
 
 # %% ../../nbs/learner/03_learner.ipynb #save
 @patch

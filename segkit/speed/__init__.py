@@ -1,0 +1,4 @@
+"""Exact fast forms, and where the time goes"""
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,2 @@
+from .profiling import Profile as Profile
+from .profiling import profile as profile
