@@ -5,14 +5,12 @@ import pickle
 import pytest
 import torch
 from oracle import AUX, without_gradient
-from torch.export import Dim, export
 
 import segkit
 from segkit.core.registry import architectures
 
 SMALL = {"encoder_name": "resnet18", "encoder_weights": None}
 ENCODERS = {"dpt": "tu-vit_tiny_patch16_224"}  # architectures that do not take a ResNet
-DIVISION = {"pan"}  # its pooling does not export with a free height and width yet
 
 
 def build(arch, **kwargs):
@@ -76,17 +74,6 @@ def test_channels_last_stays(arch):
 def build_like(model):
     "The same model and weights in the ordinary memory format"
     return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-
-
-@sized
-def test_exports_with_free_sizes(arch, request):
-    if arch in DIVISION: request.applymarker(pytest.mark.xfail(strict=True, reason="adaptive pooling is specialised to a size"))
-    model = build(arch, classes=2, aux_params=AUX).eval()
-    free = {0: Dim("b", min=1, max=64), 2: Dim("h", min=33, max=4096), 3: Dim("w", min=33, max=4096)}
-    exported = export(model, (torch.randn(2, 3, 65, 71),), dynamic_shapes=(free,)).module()
-    x = torch.randn(3, 3, 96, 130)
-    with torch.no_grad():
-        for a, b in zip(exported(x), model(x), strict=True): assert torch.allclose(a, b, atol=1e-4)
 
 
 @every
