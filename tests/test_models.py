@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from oracle import AUX, without_gradient
+from oracle import AUX, assert_same, without_gradient
 
 import segkit
 from segkit.core.registry import architectures
@@ -74,6 +74,16 @@ def test_channels_last_stays(arch):
 def build_like(model):
     "The same model and weights in the ordinary memory format"
     return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("name, encoder, options", [
+    ("Unet", "mit_b0", {}), ("MAnet", "mit_b0", {}), ("MAnet", "resnet50", {}), ("UnetPlusPlus", "resnet50", {}),
+    ("PAN", "resnet50", {"size": (128, 128)}), ("PAN", "mit_b0", {"size": (256, 256), "encoder_output_stride": 32}),
+    ("DeepLabV3", "resnet50", {"decoder_channels": 32, "encoder_output_stride": 16}), ("DeepLabV3Plus", "resnet50", {"decoder_channels": 32})])
+def test_same_as_smp_with_encoders(name, encoder, options):
+    "Beside the encoders that the tests of each architecture take"
+    if "Unet" in name or name == "MAnet": options = {"decoder_channels": (32, 24, 16, 8, 8)}
+    assert_same(getattr(segkit, name), name, **{"encoder_name": encoder, "size": (64, 64)} | options)
 
 
 @every
