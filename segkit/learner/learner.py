@@ -288,7 +288,7 @@ def segmentation_learner(
     of_learner = {"train_bn": False, **{k: kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGUMENTS}}
     model = resolve(arch)
     if built := isinstance(model, nn.Module): check_keywords("SegmentationLearner", kwargs, LEARNER_ARGUMENTS)
-    else: model = build(model, targets, encoder_name, encoder_weights, aux_params, n_in, **kwargs)
+    else: model = build(model, targets, encoder_name, encoder_weights, aux_params, n_in, **kwargs).to(memory_format=torch.channels_last)
     if normalize and not built: dls = normalized(dls, encoder_name, encoder_weights, targets.in_channels)
     check_model(model, dls, targets)
     if splitter is None: splitter = segmentation_splitter if hasattr(unwrap(model), "encoder") else trainable_params
