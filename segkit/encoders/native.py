@@ -118,7 +118,9 @@ def register_native(
     out_channels: Sequence[int], # Channels of each map at depth 5
     weights: Mapping[str, Any], # `pretrained_settings`
     timm_name: str | None = None, # timm model, when it has another name
+    replaced_by: str | None = None, # Name to use instead, for a deprecated one
     **kwargs, # Arguments of the timm model
 ) -> None:
     "Enter a native name in the table of encoders"
     encoders[name] = {"encoder": cls, "pretrained_settings": dict(weights), "params": {"name": timm_name or name, "out_channels": tuple(out_channels), **kwargs}}
+    if replaced_by: encoders[name]["replaced_by"] = replaced_by

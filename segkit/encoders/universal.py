@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from ..core.registry import did_you_mean, nearest
 from .base import EncoderMixin, encoder_sources, parameter_stages
-from .weights import load_weights, offline_help
+from .weights import load_weights, offline_help, with_tag
 
 # %% ../../nbs/encoders/02_universal.ipynb #facts
 @lru_cache(maxsize=None)
@@ -128,6 +128,7 @@ def timm_source(
     "Build a `TimmUniversalEncoder` for a name that timm knows"
     import timm
     prefixed, bare = name.startswith("tu-"), name.removeprefix("tu-")
+    bare, weights = with_tag(bare, weights)
     if not timm.is_model(bare):
         if prefixed: raise _no_timm_model(bare)
         return None

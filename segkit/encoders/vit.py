@@ -19,7 +19,7 @@ from ..core.model import pad_to_multiple
 from ..core.registry import encoders
 from .base import EncoderMixin, parameter_stages
 from .universal import _no_timm_model, _pretrained
-from .weights import load_weights
+from .weights import load_weights, with_tag
 
 # %% ../../nbs/encoders/20_vit.ipynb #facts
 @lru_cache(maxsize=None)
@@ -150,13 +150,18 @@ def get_vit_encoder(
     weights: Any = None, # None or False; True or "imagenet"; a file; a state dict; a function that returns one
     output_indices: Sequence[int] | None = None, # Which blocks; None for equal distances
     channel_strategy: str | Callable[[Tensor, int], Tensor] = "tile", # How weights for 3 channels become weights for `in_channels`
+    use_checkpoint: bool = False, # Recompute blocks in the backward pass, which saves memory
     **kwargs, # Arguments of the timm model
 ) -> TimmViTEncoder: # Encoder
     "Build a `TimmViTEncoder`, with weights"
     import timm
+    if use_checkpoint:
+        encoder = get_vit_encoder(name, in_channels, depth, weights, output_indices, channel_strategy, **kwargs)
+        encoder.set_gradient_checkpointing()
+        return encoder
     if isinstance(name, TimmViTEncoder): return _given(name, in_channels, depth, channel_strategy)
     if isinstance(name, nn.Module): raise TypeError(f"expected a name or a TimmViTEncoder, got {type(name).__name__}")
-    bare = name.removeprefix("tu-")
+    bare, weights = with_tag(name.removeprefix("tu-"), weights)
     if name in encoders: raise ValueError(f"encoder_name={name!r} is a pyramid, and DPT reads the blocks of a timm model" + (f": use 'tu-{name}'" if timm.is_model(name) else ""))
     if not timm.is_model(bare): raise _no_timm_model(bare)
     build = lambda pretrained: TimmViTEncoder(bare, pretrained, depth=depth, output_indices=output_indices, **kwargs)

@@ -31,7 +31,7 @@ from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
 from fasttransform.cast import retain_type
 from ..core.registry import architectures, check_keywords, did_you_mean
-from ..encoders import get_preprocessing_params
+from ..encoders.preprocessing import get_preprocessing_params, unit_statistics
 from .callbacks import CheckTargets, FreezeBatchNorm, GuardMixing
 from .display import show_predictions
 from .distributed import several_processes
@@ -217,9 +217,7 @@ def normalized(
         except (ValueError, KeyError, AttributeError, TypeError): continue
     if params is None or len(params["mean"]) != in_channels: return dls
     if params["input_space"] != "RGB": raise ValueError(f"the encoder {encoder_name!r} expects {params['input_space']} pictures: pass `normalize=False` and prepare them in the data")
-    low, high = params["input_range"]
-    mean, std = ([(v - shift)/(high - low) for v in params[n]] for n, shift in (("mean", low), ("std", 0)))
-    return use_statistics(dls, mean, std)
+    return use_statistics(dls, *unit_statistics(params))
 
 def _equal(a, b): return a is not None and a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
 
