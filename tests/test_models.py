@@ -4,15 +4,13 @@ import pickle
 
 import pytest
 import torch
-from oracle import AUX, without_gradient
-from torch.export import Dim, export
+from oracle import AUX, assert_same, without_gradient
 
 import segkit
 from segkit.core.registry import architectures
 
 SMALL = {"encoder_name": "resnet18", "encoder_weights": None}
 ENCODERS = {"dpt": "tu-vit_tiny_patch16_224"}  # architectures that do not take a ResNet
-DIVISION = {"pan"}  # its pooling does not export with a free height and width yet
 
 
 def build(arch, **kwargs):
@@ -78,15 +76,14 @@ def build_like(model):
     return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
 
-@sized
-def test_exports_with_free_sizes(arch, request):
-    if arch in DIVISION: request.applymarker(pytest.mark.xfail(strict=True, reason="adaptive pooling is specialised to a size"))
-    model = build(arch, classes=2, aux_params=AUX).eval()
-    free = {0: Dim("b", min=1, max=64), 2: Dim("h", min=33, max=4096), 3: Dim("w", min=33, max=4096)}
-    exported = export(model, (torch.randn(2, 3, 65, 71),), dynamic_shapes=(free,)).module()
-    x = torch.randn(3, 3, 96, 130)
-    with torch.no_grad():
-        for a, b in zip(exported(x), model(x), strict=True): assert torch.allclose(a, b, atol=1e-4)
+@pytest.mark.parametrize("name, encoder, options", [
+    ("Unet", "mit_b0", {}), ("MAnet", "mit_b0", {}), ("MAnet", "resnet50", {}), ("UnetPlusPlus", "resnet50", {}),
+    ("PAN", "resnet50", {"size": (128, 128)}), ("PAN", "mit_b0", {"size": (256, 256), "encoder_output_stride": 32}),
+    ("DeepLabV3", "resnet50", {"decoder_channels": 32, "encoder_output_stride": 16}), ("DeepLabV3Plus", "resnet50", {"decoder_channels": 32})])
+def test_same_as_smp_with_encoders(name, encoder, options):
+    "Beside the encoders that the tests of each architecture take"
+    if "Unet" in name or name == "MAnet": options = {"decoder_channels": (32, 24, 16, 8, 8)}
+    assert_same(getattr(segkit, name), name, **{"encoder_name": encoder, "size": (64, 64)} | options)
 
 
 @every

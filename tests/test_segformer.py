@@ -77,3 +77,11 @@ def test_batch_of_one_trains():
 @pytest.mark.parametrize("depth", [1, 2, 6])
 def test_refuses_other_depths(depth):
     with pytest.raises(ValueError, match=f"encoder_depth={depth}: expected 3 or 4 or 5"): Segformer("resnet18", depth, None)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bicubic", "area", "nearest-exact"])
+@torch.no_grad()
+def test_composed_equals_plain_in_each_mode(mode):
+    decoder = randomise(SegformerDecoder((3, 8, 16, 24, 32, 40), 32, interpolation=mode)).double().eval()
+    features = [torch.randn(2, c, -(-66//2**i), -(-75//2**i), dtype=torch.float64) for i, c in enumerate((3, 8, 16, 24, 32, 40))]
+    assert relative_error(decoder.composed(features), decoder.plain(features)) < 1e-11

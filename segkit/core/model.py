@@ -51,7 +51,14 @@ def pad_to_least(
     least: int, # What height and width shall be at least
 ) -> Tensor: # Images `(b, c, H, W)`
     "Repeat the last row and column until height and width are `least` or more"
-    return pad_to(x, *(torch.sym_max(size, least) for size in x.shape[-2:]))
+    return pad_to(x, *(_at_least(size, least) for size in x.shape[-2:]))
+
+def _at_least(size, least):
+    "The larger of the two; in a program for all sizes, `size` itself wherever its range says so"
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+        if statically_known_true(size >= least): return size
+    return torch.sym_max(size, least)
 
 # %% ../../nbs/core/02_model.ipynb #input
 def check_images(

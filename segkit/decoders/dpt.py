@@ -143,7 +143,7 @@ class DPTDecoder(nn.Module):
         size: tuple[int, int] | None = None, # Height and width of the image; None for the first map's size times its stride
     ) -> Tensor: # Map `(b, fusion_channels, h/2, w/2)`
         h, w = size or [s*self.encoder_strides[0] for s in features[0].shape[-2:]]
-        sizes = [(-(-h//s), -(-w//s)) for s in (2, *self.strides)]
+        sizes = [((h + s - 1)//s, (w + s - 1)//s) for s in (2, *self.strides)]
         maps = [reassemble(project(f, p), s) for project, reassemble, f, p, s in
                 zip(self.projection_blocks, self.reassemble_blocks, features, prefix_tokens, sizes[1:])]
         x = None

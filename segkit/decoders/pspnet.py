@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from ..core.layers import Conv2dReLU, resize
 from ..core.model import SegmentationModel
-from ..core.registry import architectures
+from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
 from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
@@ -57,15 +57,17 @@ class PSPBlock(nn.Module):
         out_channels: int, # Channels of the result
         pool_size: int, # Rows and columns of the grid
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`; a grid of one has none
+        interpolation: str = "bilinear", # Mode of `F.interpolate`; in bilinear mode corner samples coincide
     ):
         super().__init__()
+        self.interpolation = interpolation
         conv = Conv2dReLU(in_channels, out_channels, 1, use_norm=use_norm if pool_size > 1 else "identity")
         self.pool = nn.Sequential(GridMean(pool_size), conv)
 
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Context `(b, out_channels, h, w)`
-        return resize(self.pool(x), x.shape[-2:], align_corners=True)
+        return resize(self.pool(x), x.shape[-2:], self.interpolation, align_corners=True if self.interpolation == "bilinear" else None)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #module
 class PSPModule(nn.Module):
@@ -74,10 +76,11 @@ class PSPModule(nn.Module):
         in_channels: int, # Channels of the map
         sizes: Sequence[int] = (1, 2, 3, 6), # Rows and columns of each grid
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
         width = max(1, in_channels//max(1, len(sizes)))
-        self.blocks = nn.ModuleList(PSPBlock(in_channels, width, size, use_norm) for size in sizes)
+        self.blocks = nn.ModuleList(PSPBlock(in_channels, width, size, use_norm, interpolation) for size in sizes)
         self.out_channels = in_channels + width*len(sizes)
 
     def forward(self,
@@ -94,13 +97,14 @@ class PSPDecoder(nn.Module):
         out_channels: int = 512, # Channels of the result
         dropout: float = 0.2, # Probability of dropping a channel of the result
         stride: int | None = None, # Stride of the deepest map; None for that of an encoder without dilation
+        interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
         *finer, deepest = encoder_channels
         if not deepest:
             raise ValueError(f"encoder_depth={len(finer)}: this encoder has no map at stride {2**len(finer)}, which is the only one that "
                              f"a PSPNet reads; use a depth from {len(finer) + 1} to 5")
-        self.psp = PSPModule(deepest, use_norm=use_norm)
+        self.psp = PSPModule(deepest, use_norm=use_norm, interpolation=interpolation)
         self.conv = Conv2dReLU(self.psp.out_channels, out_channels, 1, use_norm=use_norm)
         self.dropout = nn.Dropout2d(dropout)
         self.out_channels, self.stride = out_channels, stride or 2**len(finer)
@@ -128,14 +132,16 @@ class PSPNet(SegmentationModel):
         activation: str | Callable | None = None, # Activation after the head; None returns logits
         upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
         aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` from each grid back to the map
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
+        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
         self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
         channels = self.encoder.out_channels
-        self.decoder = PSPDecoder(channels, decoder_use_norm, psp_out_channels, psp_dropout, self.encoder.output_stride)
+        self.decoder = PSPDecoder(channels, decoder_use_norm, psp_out_channels, psp_dropout, self.encoder.output_stride, decoder_interpolation)
         self.segmentation_head = SegmentationHead(psp_out_channels, classes, activation=activation,
                                                   upsampling=self.decoder.stride if upsampling is None else upsampling)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
+        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params or None)  # here an empty dict asks for none, as in SMP
         self.name = f"psp-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
         self.initialize()

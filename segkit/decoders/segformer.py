@@ -44,6 +44,7 @@ class SegformerDecoder(nn.Module):
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; three or more
         segmentation_channels: int = 256, # Channels of each level's map, and of the result
         compose: bool = True, # Run the two linear layers as one; False runs them one after the other
+        interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
         depth = len(encoder_channels) - 1
@@ -51,7 +52,7 @@ class SegformerDecoder(nn.Module):
         self.levels = [i for i in range(depth, 0, -1) if encoder_channels[i]]  # deepest first
         self.mlp_stage = nn.ModuleList(MLP(encoder_channels[i], segmentation_channels) for i in self.levels)
         self.fuse_stage = Conv2dReLU(len(self.levels)*segmentation_channels, segmentation_channels, 1)
-        self.out_channels, self.compose = segmentation_channels, compose
+        self.out_channels, self.compose, self.interpolation = segmentation_channels, compose, interpolation
 
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
@@ -63,7 +64,7 @@ class SegformerDecoder(nn.Module):
     ) -> Tensor: # Map `(b, segmentation_channels, h/4, w/4)`
         "As the paper writes it: linear, enlarge, concatenate, linear"
         size = features[2].shape[-2:]
-        maps = [resize(mlp(features[i]), size) for i, mlp in zip(self.levels, self.mlp_stage)]
+        maps = [resize(mlp(features[i]), size, self.interpolation) for i, mlp in zip(self.levels, self.mlp_stage)]
         return self.fuse_stage(torch.cat(maps, dim=1))
 
     def composed(self,
@@ -73,9 +74,9 @@ class SegformerDecoder(nn.Module):
         size, (fuse, norm, relu) = features[2].shape[-2:], self.fuse_stage
         total = 0.
         for i, mlp, weight in zip(self.levels, self.mlp_stage, fuse.weight.flatten(1).chunk(len(self.levels), dim=1)):
-            x = features[i] if i > 2 else resize(features[i], size)  # a finer map shrinks before it is mixed
+            x = features[i] if i > 2 else resize(features[i], size, self.interpolation)  # a finer map shrinks before it is mixed
             x = F.conv2d(x, (weight @ mlp.linear.weight)[:, :, None, None], weight @ mlp.linear.bias)
-            total = total + resize(x, size)
+            total = total + resize(x, size, self.interpolation)
         return relu(norm(total))
 
 # %% ../../nbs/decoders/10_segformer.ipynb #model
@@ -92,13 +93,15 @@ class Segformer(SegmentationModel):
         activation: str | Callable | None = None, # Activation after the head; None returns logits
         upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
         aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` between levels
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
         check_choice("encoder_depth", encoder_depth, [3, 4, 5])
+        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
         self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
         channels = self.encoder.out_channels
-        self.decoder = SegformerDecoder(channels, decoder_segmentation_channels)
+        self.decoder = SegformerDecoder(channels, decoder_segmentation_channels, interpolation=decoder_interpolation)
         self.segmentation_head = SegmentationHead(decoder_segmentation_channels, classes, kernel_size=1, activation=activation,
                                                   upsampling=self.decoder.stride if upsampling is None else upsampling)
         self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)

@@ -43,15 +43,17 @@ class PyramidPooling(nn.Module):
         out_channels: int, # Channels of each context and of the result
         sizes: Sequence[int] = (1, 2, 3, 6), # Rows and columns of each grid
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm of the contexts, as in `get_norm_layer`
+        interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
+        self.interpolation = interpolation
         self.blocks = nn.ModuleList(ContextBlock(in_channels, out_channels, size, use_norm) for size in sizes)
         self.out_conv = Conv2dReLU(in_channels + len(sizes)*out_channels, out_channels, 3, padding=1)
 
     def forward(self,
         x: Tensor, # Deepest map `(b, in_channels, h, w)`
     ) -> Tensor: # Map with context `(b, out_channels, h, w)`
-        contexts = [resize(block(x), x.shape[-2:]) for block in self.blocks]
+        contexts = [resize(block(x), x.shape[-2:], self.interpolation) for block in self.blocks]
         return self.out_conv(torch.cat([x, *contexts], dim=1))
 
 # %% ../../nbs/decoders/09_upernet.ipynb #lateral
@@ -61,15 +63,17 @@ class LateralBlock(nn.Module):
         skip_channels: int, # Channels of the encoder's map
         pyramid_channels: int, # Channels of every map of the pyramid
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
+        self.interpolation = interpolation
         self.conv_norm_relu = Conv2dReLU(skip_channels, pyramid_channels, 1, use_norm=use_norm)
 
     def forward(self,
         x: Tensor, # Coarser map of the pyramid `(b, pyramid_channels, h', w')`
         skip: Tensor, # Encoder's map `(b, skip_channels, h, w)`
     ) -> Tensor: # Finer map of the pyramid `(b, pyramid_channels, h, w)`
-        return self.conv_norm_relu(skip) + resize(x, skip.shape[-2:])
+        return self.conv_norm_relu(skip) + resize(x, skip.shape[-2:], self.interpolation)
 
 # %% ../../nbs/decoders/09_upernet.ipynb #pyramid
 class PooledPyramid(nn.Module):
@@ -80,14 +84,16 @@ class PooledPyramid(nn.Module):
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
         decoder_channels: int = 256, # Channels of every map of the decoder
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
+        self.interpolation = interpolation
         depth, (*skips, deepest) = len(encoder_channels) - 1, encoder_channels[2:] or [0]
         if depth < 3:
             raise ValueError(f"encoder_depth={depth}: a UPerNet reads two maps or more, from stride 4 on; use a depth of 3, 4 or 5")
         self.feature_norms = nn.ModuleList(LayerNorm2d(c, eps=1e-6) for c in (*skips, deepest))
-        self.psp = PyramidPooling(deepest, decoder_channels, use_norm=use_norm)
-        self.fpn_lateral_blocks = nn.ModuleList(LateralBlock(c, decoder_channels, use_norm) for c in reversed(skips))
+        self.psp = PyramidPooling(deepest, decoder_channels, use_norm=use_norm, interpolation=interpolation)
+        self.fpn_lateral_blocks = nn.ModuleList(LateralBlock(c, decoder_channels, use_norm, interpolation) for c in reversed(skips))
 
     def pyramid(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
@@ -109,8 +115,9 @@ class UPerNetDecoder(PooledPyramid):
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
         decoder_channels: int = 256, # Channels of every map of the decoder
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
-        super().__init__(encoder_channels, decoder_channels, use_norm)
+        super().__init__(encoder_channels, decoder_channels, use_norm, interpolation)
         conv = lambda width: Conv2dReLU(width, decoder_channels, 3, padding=1, use_norm=use_norm)
         self.fpn_conv_blocks = nn.ModuleList(conv(decoder_channels) for _ in self.fpn_lateral_blocks)
         self.fusion_block = conv((len(self.fpn_lateral_blocks) + 1)*decoder_channels)
@@ -122,7 +129,7 @@ class UPerNetDecoder(PooledPyramid):
         top, *levels = self.pyramid(features)
         maps = [top, *(conv(p) for conv, p in zip(self.fpn_conv_blocks, levels))]
         size = maps[-1].shape[-2:]
-        return self.fusion_block(torch.cat([resize(m, size) for m in reversed(maps)], dim=1))
+        return self.fusion_block(torch.cat([resize(m, size, self.interpolation) for m in reversed(maps)], dim=1))
 
 # %% ../../nbs/decoders/09_upernet.ipynb #model
 @architectures.register("upernet")
@@ -139,13 +146,15 @@ class UPerNet(SegmentationModel):
         activation: str | Callable | None = None, # Activation after the head; None returns logits
         upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
         aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` between levels
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
         check_choice("encoder_depth", encoder_depth, [3, 4, 5])
+        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
         self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
         channels = self.encoder.out_channels
-        self.decoder = UPerNetDecoder(channels, decoder_channels, decoder_use_norm)
+        self.decoder = UPerNetDecoder(channels, decoder_channels, decoder_use_norm, decoder_interpolation)
         self.segmentation_head = SegmentationHead(decoder_channels, classes, kernel_size=1, activation=activation,
                                                   upsampling=self.decoder.stride if upsampling is None else upsampling)
         self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)

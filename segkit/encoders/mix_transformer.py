@@ -161,7 +161,7 @@ class MixVisionTransformerEncoder(nn.Module, EncoderMixin):
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first; the second has no channels
         b, _, h, w = x.shape
-        features = [x, x.new_empty(b, 0, -(-h//2), -(-w//2))]
+        features = [x, x.new_empty(b, 0, (h + 1)//2, (w + 1)//2)]
         for s in range(1, self._depth):
             embed, blocks, norm = (self.get_submodule(f"{part}{s}") for part in ("patch_embed", "block", "norm"))
             x = norm(blocks(embed(x))).permute(0, 3, 1, 2).contiguous()

@@ -211,7 +211,7 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
         if self._channels_last: maps = [f.permute(0, 3, 1, 2).contiguous() for f in maps]
         maps = {level: self.fit.map(f, min(2**level, self._output_stride), x, seen) for level, f in zip(self._levels, maps)}
         b, _, h, w = x.shape
-        return [x if level == 0 and 0 not in maps else maps[level] if level in maps else x.new_empty(b, 0, -(-h//2**level), -(-w//2**level))
+        return [x if level == 0 and 0 not in maps else maps[level] if level in maps else x.new_empty(b, 0, (h + 2**level - 1)//2**level, (w + 2**level - 1)//2**level)
                 for level in range(self._depth + 1)]
 
     def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape

@@ -93,7 +93,7 @@ class TimmViTEncoder(nn.Module, EncoderMixin):
         options = {"return_prefix_tokens": True} if self.num_prefix_tokens else {}
         maps = self.model.forward_intermediates(x, indices=self.output_indices, output_fmt="NCHW", intermediates_only=True, **options)
         maps, prefix = zip(*maps) if options else (maps, [None]*len(maps))
-        return [resize(f, (-(-h//s), -(-w//s))) for f, s in zip(maps, self.output_strides)], list(prefix)
+        return [resize(f, ((h + s - 1)//s, (w + s - 1)//s)) for f, s in zip(maps, self.output_strides)], list(prefix)
 
     @property
     def output_stride(self) -> int: # Stride of the coarsest map
