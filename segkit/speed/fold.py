@@ -54,7 +54,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for t in tree_leaves((args, kwargs)):
-            if isinstance(t, Tensor): self.readers[self.key(t)].add(self.stack[-1])
+            if isinstance(t, Tensor) and not t.is_mkldnn: self.readers[self.key(t)].add(self.stack[-1])
         return func(*args, **(kwargs or {}))
 
     def before(self, name: str, args: tuple):

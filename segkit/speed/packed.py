@@ -143,6 +143,7 @@ def _absent(*modules): return all(m is None or isinstance(m, nn.Identity) or typ
 @rewrites.register("timm.models.resnet:BasicBlock")
 def rewrite_basic(
     block: nn.Module, # timm's `BasicBlock`, its norms folded
+    x: Tensor, # Map that it received
 ) -> nn.Module: # `Residual`, or the block where it has other parts
     "Two convolutions and a sum"
     if not (_absent(block.bn1, block.bn2, block.drop_block, block.aa, block.se, block.drop_path) and type(block.act2) is nn.ReLU): return block
@@ -151,6 +152,7 @@ def rewrite_basic(
 @rewrites.register("timm.models.resnet:Bottleneck")
 def rewrite_bottleneck(
     block: nn.Module, # timm's `Bottleneck`, its norms folded
+    x: Tensor, # Map that it received
 ) -> nn.Module: # `Residual`, or the block where it has other parts
     "Three convolutions and a sum"
     if not (_absent(block.bn1, block.bn2, block.bn3, block.drop_block, block.aa, block.se, block.drop_path) and type(block.act3) is nn.ReLU): return block

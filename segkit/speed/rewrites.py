@@ -18,11 +18,11 @@ from torch import nn, Tensor
 class Rewrites:
     "Table of rewrites, by the class of the part that they rewrite"
     def __init__(self):
-        self.table: dict[type | str, Callable[[nn.Module], nn.Module]] = {}
+        self.table: dict[type | str, Callable[..., nn.Module]] = {}
 
     def register(self,
         *classes: type | str, # Classes, or `"package.module:Class"` for one that is not imported
-    ) -> Callable: # Decorator of a function from a part to its rewritten form
+    ) -> Callable: # Decorator of a function of a part and its arguments, which returns the rewritten part
         "Enter a rewrite"
         def enter(rewrite):
             self.table |= dict.fromkeys(classes, rewrite)
@@ -31,22 +31,29 @@ class Rewrites:
 
     def find(self,
         part: nn.Module, # Part of a model
-    ) -> Callable[[nn.Module], nn.Module] | None: # The rewrite, or None
+    ) -> Callable[..., nn.Module] | None: # The rewrite, or None
         "The rewrite of exactly this class"
         cls = type(part)
         return self.table.get(cls) or self.table.get(f"{cls.__module__}:{cls.__qualname__}")
 
     def __call__(self,
-        part: nn.Module, # Part of a model, or the whole
-    ) -> nn.Module: # The same function, rewritten; `part` itself may be changed
-        "Rewrite `part`, then everything inside it"
-        if rewrite := self.find(part): part = rewrite(part)
-        if isinstance(part, Forms): return part.map(self.inside)
-        return self.inside(part)
+        model: nn.Module, # Model in evaluation mode, changed in place
+        x: Tensor, # Example to run it on
+    ) -> nn.Module: # The same function, rewritten
+        "Rewrite the model, then everything inside it"
+        seen: dict[int, tuple] = {}
+        hooks = [m.register_forward_pre_hook(lambda m, args: seen.setdefault(id(m), args)) for m in model.modules() if self.find(m)]
+        try: model(x)
+        finally:
+            for hook in hooks: hook.remove()
+        return self._part(model, seen)
 
-    def inside(self, part: nn.Module) -> nn.Module:
-        "Rewrite what `part` is made of, not `part` itself"
-        for name, child in list(part.named_children()): setattr(part, name, self(child))
+    def _part(self, part, seen):
+        if id(part) in seen and (rewrite := self.find(part)): part = rewrite(part, *seen.pop(id(part)))
+        if isinstance(part, Forms):
+            for form in list(part.forms.values())[1:]: self._part(form, seen)  # the plain form stays as it is
+        else:
+            for name, child in list(part.named_children()): setattr(part, name, self._part(child, seen))
         return part
 
 rewrites = Rewrites()
@@ -67,11 +74,6 @@ class Forms(nn.Module):
         form = self.forms[self.chosen]
         if hasattr(form, "applies") and not form.applies(*args, **kwargs): form = next(iter(self.forms.values()))
         return form(*args, **kwargs)
-
-    def map(self, function: Callable[[nn.Module], nn.Module]) -> "Forms":
-        "Apply `function` to each form"
-        for name, form in list(self.forms.items()): self.forms[name] = function(form)
-        return self
 
     def settled(self) -> nn.Module:
         "The chosen form alone, or with the plain one where it does not always apply"

@@ -1,0 +1,2 @@
+from .rewrites import Choice as Choice
+from .rewrites import Forms as Forms
