@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ def peak_memory(
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: result = run()  # noqa: F841 (its end would free it)
     held = most = 0
     for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
@@ -261,4 +263,5 @@ def main(
     print(report)
     return report
 
+# %% ../../nbs/speed/90_benchmark.ipynb #command
 if __name__ == "__main__": main()

@@ -324,7 +324,8 @@ class SmallConv(nn.Module):
         for conv, r in zip(self.taps, rows):
             t = conv(x).permute(0, 2, 3, 1).reshape(b*h, 3*w, -1)
             t = (columns @ t).view(b, h, -1)
-            y = r @ t if y is None else torch.baddbmm(y, r.expand(b, -1, -1), t)
+            if y is None: y = r @ t
+            else: y = torch.baddbmm(y, r.expand(b, -1, -1), t) if t.requires_grad else y.baddbmm_(r.expand(b, -1, -1), t)
         return y.view(b, height, width, -1).permute(0, 3, 1, 2)
 
     def _shifted(self, n, size, like):
