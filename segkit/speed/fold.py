@@ -70,7 +70,7 @@ class _Watch(TorchDispatchMode):
 @torch.no_grad()
 def pairs(
     model: nn.Module, # Model in evaluation mode
-    run: Callable[[], object], # Runs it once; the result counts as a reader
+    x: Tensor, # Example to run it on
     first: Callable[[nn.Module], bool], # Whether a module may be the first of a pair
     second: Callable[[nn.Module], bool], # Whether a module may be the second
 ) -> Iterator[tuple[str, str]]: # Names of both
@@ -80,7 +80,7 @@ def pairs(
         hooks += [m.register_forward_pre_hook(lambda m, args, name=name: watch.before(name, args)),
                   m.register_forward_hook(lambda m, args, output, name=name: watch.after(name, output))]
     try:
-        with watch: result = run()
+        with watch: result = model(x)
     finally:
         for hook in hooks: hook.remove()
     for t in tree_leaves(result):
@@ -119,13 +119,13 @@ def _holds(layer: nn.Module, norm: nn.Module, shape: torch.Size) -> bool:
 @torch.no_grad()
 def fold_norms(
     model: nn.Module, # Model in evaluation mode, changed in place
-    run: Callable[[], object], # Runs it once, at any size
+    x: Tensor, # Example to run it on, of any size
 ) -> int: # Number of norms that are gone
     "Fold each batch norm whose only source is a convolution, and which is its only reader"
-    found, shapes, count = list(pairs(model, run, _foldable, lambda m: isinstance(m, norms))), {}, 0
+    found, shapes, count = list(pairs(model, x, _foldable, lambda m: isinstance(m, norms))), {}, 0
     odd = [name for name, _ in found if type(model.get_submodule(name)) not in linear]
     hooks = [model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: shapes.update({name: args[0].shape})) for name in odd]
-    if odd: run()
+    if odd: model(x)
     for hook in hooks: hook.remove()
     for first, second in found:
         layer, norm = model.get_submodule(first), model.get_submodule(second)
@@ -140,7 +140,7 @@ def fold_norms(
 @torch.no_grad()
 def merge_branches(
     module: nn.Module, # Encoder or model in evaluation mode; not changed
-    run: Callable[[nn.Module], object], # Runs a module on an example
+    x: Tensor, # Example to run it on
     tolerance: float = 1e-3, # Largest difference, relative to the largest value, that is still rounding
 ) -> nn.Module: # With all parallel branches merged, or `module` itself where that is not possible
     "Merge what was built to be merged after training"
@@ -148,7 +148,7 @@ def merge_branches(
     if not any(mergeable(m) for m in module.modules() if m is not module): return module
     merged = copy.deepcopy(module)
     _merge(merged)
-    same = all(_close(a, b, tolerance) for a, b in zip(tree_leaves(run(merged)), tree_leaves(run(module)), strict=True) if isinstance(a, Tensor))
+    same = all(_close(a, b, tolerance) for a, b in zip(tree_leaves(merged(x)), tree_leaves(module(x)), strict=True) if isinstance(a, Tensor))
     return merged.requires_grad_(False) if same else module
 
 def _merge(module):

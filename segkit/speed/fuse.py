@@ -13,9 +13,8 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-import segkit.speed.lowres
-import segkit.speed.upconv
 from ..core.model import SegmentationModel
+from . import lowres as _lowres, upconv as _upconv  # noqa: F401 (they enter their rewrites)
 from .fold import fold_norms, merge_branches
 from .packed import pack
 from .rewrites import Choice, race, rewrites, settle
@@ -83,12 +82,12 @@ def fuse(
         fused = copy.deepcopy(model).eval().requires_grad_(False)
         x = _sample(fused)
         expected = tree_leaves(fused(x))
-        fused.encoder = merge_branches(fused.encoder, lambda encoder: encoder(x))
-        fold_norms(fused, lambda: fused(x))
+        fused.encoder = merge_branches(fused.encoder, x)
+        fold_norms(fused, x)
         for name, m in list(fused.named_modules()):
             if isinstance(m, nn.modules.dropout._DropoutNd): fused.set_submodule(name, nn.Identity())
         fused = rewrites(fused, x)
-        pack(fused, lambda: fused(x))
+        pack(fused, x)
         if example_input is not None: example_input = example_input.to(x)
         result = Fused(fused.to(memory_format=torch.channels_last))
         result.choices += settle(fused, None if example_input is None else example_input.contiguous(memory_format=torch.channels_last))

@@ -165,10 +165,10 @@ def _plain(m: nn.Module) -> bool:
 
 def pack(
     model: nn.Module, # Model in evaluation mode, changed in place
-    run: Callable[[], object] | None = None, # Runs it once, to find activations outside of sequences
+    x: Tensor | None = None, # Example to run it on, to find activations outside of sequences
 ) -> None:
     "Replace every convolution by a packed one, together with the activation behind it"
-    follows = dict(pairs(model, run, _plain, lambda m: type(m) in activations and not isinstance(m, nn.Identity))) if run else {}
+    follows = {} if x is None else dict(pairs(model, x, _plain, lambda m: type(m) in activations and not isinstance(m, nn.Identity)))
     for name, m in list(model.named_modules()):
         if type(m) is nn.Sequential or (isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward): follows |= _in_sequence(name, m)
     made: dict[int, nn.Module] = {}

@@ -9,6 +9,7 @@ __all__ = ['rewrites', 'Rewrites', 'Forms', 'known', 'doubles', 'Choice', 'race'
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,8 +136,10 @@ def settle(
         hook = part.register_forward_pre_hook(lambda module, args, kwargs, seen=seen: seen.append((args, kwargs)), with_kwargs=True)
         model(x)
         hook.remove()
-        times = {} if not seen else race({f: lambda form=form: form(*seen[0][0], **seen[0][1]) for f, form in part.forms.items()
-                                          if not hasattr(form, "applies") or form.applies(*seen[0][0], **seen[0][1])}, device=x.device)
+        times = {}
+        for args, kwargs in seen[:1]:
+            fit = {f: form for f, form in part.forms.items() if not hasattr(form, "applies") or form.applies(*args, **kwargs)}
+            times = race({f: partial(form, *args, **kwargs) for f, form in fit.items()}, device=x.device)
         if times: part.chosen = min(times, key=times.__getitem__)
         choices.append(Choice(name, part.chosen, times))
     if x is None: choices = [Choice(name, part.chosen, {}) for name, part in found]
