@@ -85,7 +85,7 @@ class ProjectedPSP(nn.Module):
             else: total = total + (y if y.shape[-2:] == (1, 1) else resize(y, x.shape[-2:], align_corners=True))
         return self.project.finish(x, total)
 
-rewrites.register(PSPDecoder)(lambda decoder, features: InPlaceOf(decoder, ProjectedPSP(decoder, features[-1].shape[1])))
+rewrites.register(PSPDecoder)(lambda decoder, features: InPlaceOf(decoder, ProjectedPSP(decoder, features[-1].shape[1])));
 
 # %% ../../nbs/speed/05_lowres.ipynb #live
 class LiveConv(nn.Module):
@@ -144,7 +144,7 @@ class ProjectedASPP(nn.Module):
         if total is None: total = pooled.expand(-1, -1, *x.shape[-2:]).contiguous()
         return self.project.finish(self.branches[-1](x), total)
 
-rewrites.register(ASPP)(lambda aspp, x: ProjectedASPP(aspp))
+rewrites.register(ASPP)(lambda aspp, x: ProjectedASPP(aspp));
 
 # %% ../../nbs/speed/05_lowres.ipynb #plus
 class SplitPlus(nn.Module):
@@ -174,7 +174,7 @@ class SplitPlus(nn.Module):
         total = self.across.others[0](self.around[0](context))
         return self.across.finish(self.around[1](shortcut), total)
 
-rewrites.register(DeepLabV3PlusDecoder)(lambda decoder, features: InPlaceOf(decoder, SplitPlus(decoder)))
+rewrites.register(DeepLabV3PlusDecoder)(lambda decoder, features: InPlaceOf(decoder, SplitPlus(decoder)));
 
 # %% ../../nbs/speed/05_lowres.ipynb #segformer
 class ComposedSegformer(nn.Module):
@@ -206,7 +206,7 @@ class ComposedSegformer(nn.Module):
             total = y if total is None else total.add_(y) if not y.requires_grad else total + y
         return self.convs["2"](features[2], total, over=True) if total is not None else self.convs["2"](features[2])
 
-rewrites.register(SegformerDecoder)(lambda decoder, features: InPlaceOf(decoder, ComposedSegformer(decoder)))
+rewrites.register(SegformerDecoder)(lambda decoder, features: InPlaceOf(decoder, ComposedSegformer(decoder)));
 
 # %% ../../nbs/speed/05_lowres.ipynb #fpn
 class ComposedFPN(nn.Module):
@@ -385,7 +385,7 @@ class SmallUPerNet(nn.Module):
         for conv, m in zip(self.others, reversed(maps[:-1])): total = conv(m, size, total)
         return self.finest.finish(finest, total)
 
-rewrites.register(UPerNetDecoder)(lambda decoder, features: InPlaceOf(decoder, SmallUPerNet(decoder)))
+rewrites.register(UPerNetDecoder)(lambda decoder, features: InPlaceOf(decoder, SmallUPerNet(decoder)));
 
 # %% ../../nbs/speed/05_lowres.ipynb #reassemble
 class ComposedReassemble(nn.Module):

@@ -197,8 +197,8 @@ class JoinedPlain(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor: return self.conv2(self.conv1(x, skip.shape[-2:]))
 
-rewrites.register(FusionAttention)(lambda block, x, skip: Forms({"plain": block, "joined": JoinedFusion(block, skip.shape[1])}))
-rewrites.register(MAnetBlock)(lambda block, x, skip: Forms({"plain": block, "joined": JoinedPlain(block, x.shape[1])}))
+rewrites.register(FusionAttention)(lambda block, x, skip: Forms({"plain": block, "joined": JoinedFusion(block, skip.shape[1])}));
+rewrites.register(MAnetBlock)(lambda block, x, skip: Forms({"plain": block, "joined": JoinedPlain(block, x.shape[1])}));
 
 # %% ../../nbs/speed/04_upconv.ipynb #small
 class LinkedBlock(nn.Module):
@@ -231,6 +231,6 @@ class GatedUpsample(nn.Module):
     def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
         return torch.addcmul(enlarge(deep, skip, self.interpolation), self.conv2(skip), self.conv1(deep))
 
-rewrites.register(LinknetBlock)(lambda block, x, skip=None: LinkedBlock(block))
-rewrites.register(FeaturePyramidAttention)(lambda attention, x: PooledGate(attention))
-rewrites.register(GlobalAttentionUpsample)(lambda block, skip, deep: GatedUpsample(block))
+rewrites.register(LinknetBlock)(lambda block, x, skip=None: LinkedBlock(block));
+rewrites.register(FeaturePyramidAttention)(lambda attention, x: PooledGate(attention));
+rewrites.register(GlobalAttentionUpsample)(lambda block, skip, deep: GatedUpsample(block));
