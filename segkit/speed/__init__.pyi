@@ -1,2 +1,6 @@
+from .fuse import Choices as Choices
+from .fuse import Fused as Fused
+from .fuse import agreement as agreement
 from .rewrites import Choice as Choice
 from .rewrites import Forms as Forms
+from .rewrites import Rewrites as Rewrites

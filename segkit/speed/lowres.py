@@ -82,7 +82,9 @@ class ProjectedPSP(nn.Module):
         for pool, project in reversed([*zip(self.pools, self.project.others)]):
             y = project(pool(x))
             if total is None: total = resize(y, x.shape[-2:], align_corners=True)
-            else: total = total + (y if y.shape[-2:] == (1, 1) else resize(y, x.shape[-2:], align_corners=True))
+            else:
+                if y.shape[-2:] != (1, 1): y = resize(y, x.shape[-2:], align_corners=True)
+                total = total + y if total.requires_grad else total.add_(y)
         return self.project.finish(x, total)
 
 rewrites.register(PSPDecoder)(lambda decoder, features: InPlaceOf(decoder, ProjectedPSP(decoder, features[-1].shape[1])));
