@@ -21,7 +21,7 @@ setup(
                  "Programming Language :: Python :: 3 :: Only", "Typing :: Typed",
                  "Topic :: Scientific/Engineering :: Image Processing"],
     packages=find_packages(include=["segkit", "segkit.*"]),
-    package_data={"": ["py.typed", "*.pyi"]},
+    package_data={"": ["py.typed", "*.pyi", "*.tsv"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"examples": examples, "dev": cfg["dev_requirements"].split() + examples},
     entry_points={"nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},

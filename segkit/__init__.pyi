@@ -6,7 +6,9 @@ from . import heads as heads
 from . import learner as learner
 from . import losses as losses
 from . import metrics as metrics
+from . import speed as speed
 from . import vis as vis
+from .core.building import skip_init as skip_init
 from .core.create import MODEL_ARCHITECTURES_MAPPING as MODEL_ARCHITECTURES_MAPPING
 from .core.create import create_model as create_model
 from .core.hub import from_pretrained as from_pretrained
@@ -24,5 +26,6 @@ from .decoders.unet import Unet as Unet
 from .decoders.unetplusplus import UnetPlusPlus as UnetPlusPlus
 from .decoders.upernet import UPerNet as UPerNet
 from .learner.learner import segmentation_learner as segmentation_learner
+from .speed.profiling import profile as profile
 
 __version__: str

@@ -1,5 +1,6 @@
 """Encoders through the package: the words of the seed, errors, checkpoints, preprocessing without a network."""
 import pytest
+import timm
 import torch
 from oracle import randomise, relative_error, smp
 from torch import nn
@@ -62,6 +63,64 @@ def test_offline_error_says_what_to_do(registered, monkeypatch, tmp_path):
     with pytest.raises(OSError, match="example.com/mine.pth.*Looked in the cache.*pass a local file"): get_encoder(registered, weights="imagenet")
 
 
+@pytest.mark.parametrize("name, wanted", [("resnet18", "timm/resnet18"), ("mit_b0", "smp-hub/mit_b0.imagenet"), ("tu-convnext_atto", "timm/convnext_atto.d2_in1k")])
+def test_offline_error_for_files_of_the_hub(name, wanted, monkeypatch, tmp_path):
+    "The libraries' own offline mode and an empty cache: the error names the file, the cache and the local way"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError) as error: segkit.Unet(name, encoder_weights="imagenet")
+    for part in (f"encoder '{name}'", wanted, str(tmp_path), "pass a local file: encoder_weights='path/to/model.safetensors'"): assert part in str(error.value), part
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mit_b0", "tu-convnext_atto", "tu-test_efficientnet", "tu-regnetx_002"])
+def test_local_files_in_every_form(name, tmp_path):
+    "A file of the encoder itself or, for timm names, of timm's whole model as timm publishes it"
+    from safetensors.torch import save_file
+    encoder = get_encoder(name)
+    source = encoder if not name.startswith("tu-") else timm.create_model(name[3:])
+    state = {k: torch.rand_like(t) if t.is_floating_point() else t for k, t in source.state_dict().items()}
+    save_file(state, tmp_path/"a.safetensors"); torch.save({"state_dict": state}, tmp_path/"a.pth")
+    loaded = [get_encoder(name, weights=w) for w in (tmp_path/"a.safetensors", str(tmp_path/"a.pth"), state, lambda: state)]
+    for other in loaded[1:]: assert all(torch.equal(t, loaded[0].state_dict()[k]) for k, t in other.state_dict().items())
+    given = {t.sum().item() for t in state.values()}
+    assert all(t.sum().item() in given for k, t in loaded[0].state_dict().items() if "index" not in k)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7])
+@pytest.mark.parametrize("strategy", ["tile", "sum", "zero", lambda w, n: w.mean(1, keepdim=True).expand(-1, n, -1, -1)*2])
+@pytest.mark.parametrize("name, first", [("resnet18", "conv1.weight"), ("mit_b0", "patch_embed1.proj.weight"), ("tu-convnext_atto", "model.stem_0.weight")])
+def test_first_layer(name, first, strategy, n):
+    "Against a sum over the channels, written out"
+    state = {k: torch.randn_like(t) if t.is_floating_point() else t for k, t in get_encoder(name).state_dict().items()}
+    old = state[first]
+    state = {k.removeprefix("model."): t for k, t in state.items()}
+    new = get_encoder(name, n, weights=state, channel_strategy=strategy).state_dict()[first]
+    grey = old.sum(1)
+    for c in range(n):
+        expected = {"tile": grey if n == 1 else old[:, c % 3]*3/n, "sum": grey/n, "zero": old[:, c] if c < 3 else 0*grey}.get(strategy, grey/3*2)
+        assert torch.allclose(new[:, c], expected, atol=1e-5), (strategy, c)
+
+
+def test_weights_of_another_model():
+    with pytest.raises(ValueError, match="do not fit encoder 'resnet18'.*Of another shape: layer1.0.conv1.weight: .64, 64, 1, 1. given, .64, 64, 3, 3. expected"):
+        get_encoder("resnet18", weights=get_encoder("resnet50").state_dict())
+    with pytest.raises(ValueError, match="do not fit encoder 'tu-resnet18'.*: 0 of its 120 tensors match.*Missing: conv1.weight.*given and not known: stem.0.weight"):
+        get_encoder("tu-resnet18", weights=timm.create_model("test_convnext").state_dict())
+
+
+def test_a_file_is_read_without_running_code(tmp_path):
+    torch.save({"conv1.weight": nn.Conv2d(1, 1, 1)}, tmp_path/"module.pth")
+    with pytest.raises(Exception, match="[Ww]eights.only"): get_encoder("resnet18", weights=tmp_path/"module.pth")
+
+
+def test_a_tag_of_timm_in_either_place(monkeypatch):
+    asked = []
+    monkeypatch.setattr("segkit.encoders.universal._pretrained", lambda name, bare, build: asked.append(bare) or build(False))
+    for name, weights in [("tu-test_resnet.r160_in1k", True), ("tu-test_resnet", "r160_in1k"), ("tu-test_resnet", "imagenet")]: get_encoder(name, weights=weights)
+    assert asked == ["test_resnet.r160_in1k", "test_resnet.r160_in1k", "test_resnet"]
+    with pytest.raises(KeyError, match="has no weights .r16_in1k.; did you mean .r160_in1k.. Its tags: .imagenet., .r160_in1k."): get_encoder("tu-test_resnet", weights="r16_in1k")
+
+
 @pytest.mark.parametrize("change, error, says", [
     (lambda e: setattr(e, "_out_channels", [3, 16, 32, 128, 256, 512]), ValueError, r"level 2 is \(1, 64, 16, 16\), expected \(1, 32, 16, 16\)"),
     (lambda e: setattr(e, "_out_channels", [3, 16]), ValueError, "needs 6 numbers in _out_channels"),
@@ -103,13 +162,17 @@ def test_features_of_smp(name, output_stride):
 
 @pytest.mark.parametrize("kwargs, error, says", [
     ({"name": "resnet43"}, KeyError, "did you mean 'resnet34'|did you mean"), ({"name": "tu-resnett18"}, KeyError, "timm has no model 'resnett18'; did you mean"),
-    ({"name": "resnet18", "weights": "imagnet"}, KeyError, "did you mean 'imagenet'"),
+    ({"name": "resnet18", "weights": "imagnet"}, KeyError, "did you mean 'imagenet'.*Its tags: 'imagenet'"),
     ({"name": "resnet18", "depth": 6}, ValueError, "depths 1 to 5"), ({"name": "resnet18", "depth": 0}, ValueError, "encoder_depth=0"),
     ({"name": "resnet18", "output_stride": 4}, ValueError, "expected 8 or 16"),
     ({"name": "resnet18", "weights": {"conv1.weight": torch.ones(64, 3, 7, 7)}}, ValueError, "of its .* tensors match.*Missing: bn1.weight"),
-    ({"name": "tu-vit_tiny_patch16_224"}, ValueError, "strides 16, 16, 16"),
+    ({"name": "tu-vit_tiny_patch16_224", "depth": 6}, ValueError, "use a depth of 1 to 5"),
     ({"name": "tu-swin_tiny_patch4_window7_224", "output_stride": 8}, ValueError, "cannot be dilated"),
-    ({"name": nn.Conv2d(3, 3, 3)}, TypeError, "Conv2d is not an encoder"),
+    ({"name": nn.Conv2d(3, 3, 3)}, TypeError, "Conv2d that was given is not an encoder: it returned Tensor"),
+    ({"name": "resnet18", "depht": 3}, TypeError, "encoder 'resnet18' has no argument 'depht'"),
+    ({"name": "tu-resnet18", "foo": 3}, TypeError, "does not take one of these arguments.*foo"),
+    ({"name": 34}, TypeError, "encoder_name=34: expected a name, a class or a module"),
+    ({"name": "resnet18", "in_channels": 4, "channel_strategy": "titel", "weights": lambda: get_encoder("resnet18").state_dict()}, ValueError, "did you mean 'tile'"),
 ])
 def test_errors_say_what_to_do(kwargs, error, says):
     with pytest.raises(error, match=says): get_encoder(**kwargs)

@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from segkit.core.registry import architectures
+from segkit.data import shapes_dataloaders
 from segkit.decoders import Unet
 from segkit.learner import (
     EMA,
@@ -526,3 +527,12 @@ def test_predictions_leave_the_record_of_the_training(learn):
     values, losses = list(learn.recorder.values), list(learn.recorder.losses)
     learn.get_preds(); learn.validate(); learn.show_results()
     assert learn.recorder.values == values and learn.recorder.losses == losses
+
+def test_memory_format():
+    dls = shapes_dataloaders(n=4, n_valid=2, size=32, bs=2, labels=None)
+    small = dict(encoder_weights=None, encoder_depth=3, decoder_channels=(8, 8, 8))
+    weight = lambda model: model.decoder.blocks[0].conv1[0].weight
+    learn = segmentation_learner(dls, Unet, "tu-resnet18", **small)
+    assert weight(learn.model).is_contiguous(memory_format=torch.channels_last) and not weight(learn.model).is_contiguous()
+    own = Unet("tu-resnet18", classes=4, **small)
+    assert weight(segmentation_learner(dls, own).model).is_contiguous()

@@ -71,6 +71,18 @@ def test_predict_keeps_the_batch():
     _, classes, probs = learn.predict(learn.dls.valid.items[0])
     assert classes.shape == (1, 16, 16) and probs.shape == (1, 4, 16, 16)
 
+def test_order_of_pictures_goes_through_a_gpu():
+    from fastai.distributed import DistributedDL
+    stock = DistributedDL._broadcast
+    if stock.__module__ == shims.__name__: pytest.skip("repaired by an earlier test")
+    assert ".cuda()" in inspect.getsource(stock)
+
+def test_repeated_pictures_are_scored_twice():
+    from fastai.distributed import DistributedDL
+    loaders = [DistributedDL(shapes_dataloaders(n=4, n_valid=3, size=16, bs=2, device="cpu").valid, rank=r, world_size=2) for r in range(2)]
+    for dl in loaders: dl._broadcast = lambda t, rank: list(t)
+    assert sum(len(mask) for dl in loaders for _, mask, _ in dl) == 4  # of three pictures
+
 def test_get_c_counts_labels():
     assert get_c(shapes_dataloaders(n=4, n_valid=2, size=16, bs=2)) == 3  # the mask has four classes
 

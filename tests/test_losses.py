@@ -1,10 +1,7 @@
 """Losses as the package exports them: against SMP where it is right, against dense float64 formulas where it is not."""
-import copy
 import math
-import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -151,128 +148,9 @@ def test_hard_examples(threshold, min_kept):
 
 # --- what holds for every loss ------------------------------------------------------------------------------------
 
-def every_loss(**options):
-    for mode in MODES:
-        for name in WITH_MODE: yield mode, make(name, mode, **options)
-    yield "multiclass", losses.FocalLoss("multiclass", activation="softmax", **options)
-    yield "multiclass", losses.SoftCrossEntropyLoss(**options)
-    yield "binary", losses.SoftBCEWithLogitsLoss(**options)
-    yield "multilabel", losses.SoftBCEWithLogitsLoss(**options)
-
-
-def test_void_pixels_have_no_effect_and_get_no_gradient():
-    for mode, loss in every_loss(ignore_index=255):
-        logits, target = data(mode)
-        target[..., 3:6] = 255
-        other = logits.clone()
-        other[..., 3:6] = 100 * torch.randn_like(other[..., 3:6])
-        ours, changed = gradient(loss, logits, target), gradient(loss, other, target)
-        assert_close(ours, changed, rtol=0, atol=0)
-        assert (ours[1][..., 3:6] == 0).all() and (ours[1][..., :3] != 0).any()
-        if mode == "multiclass": assert_close(ours[0], loss(*(t[..., [*range(3), *range(6, 13)]] for t in (logits, target))), rtol=1e-6, atol=0)
-
-
-def test_nothing_counts():
-    for mode, loss in every_loss(ignore_index=255):
-        logits, target = data(mode)
-        for reduction in loss.reductions:
-            loss.reduction = reduction
-            value, slope = gradient(loss, logits, torch.full_like(target, 255))
-            assert value == 0 and (slope == 0).all(), (loss, loss.reduction)
-
-
-def test_reduction_none_is_each_image_alone():
-    for mode, loss in every_loss(ignore_index=255):
-        logits, target = data(mode, b=3)
-        target[0, ..., 3:9] = 255
-        alone = torch.stack([loss(a[None], b[None]) for a, b in zip(logits, target)])
-        loss.reduction = "none"
-        assert loss(logits, target).shape == (3,)
-        assert_close(loss(logits, target), alone)
-        if "pixel" not in loss.reductions:
-            loss.reduction = "sum"
-            assert_close(loss(logits, target), alone.sum())
-
-
-def test_integer_types_and_bools():
-    for mode, loss in every_loss():
-        logits, target = data(mode)
-        value = loss(logits, target)
-        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) + ((torch.bool, torch.float32, torch.float16) if mode != "multiclass" else ()):
-            assert_close(loss(logits, target.to(dtype)), value, rtol=0, atol=0)
-
-
-def test_binary_shapes():
-    logits, target = data("binary")
-    for mode, loss in every_loss():
-        if mode != "binary": continue
-        value = loss(logits, target)
-        for x in (logits, logits[:, 0]):
-            for y in (target, target[:, 0]): assert_close(loss(x, y), value, rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_of_full_size(dtype):
-    torch.manual_seed(0)
-    x, y = (torch.randn(8, 1, 512, 512) * 60).to(dtype), torch.randint(2, (8, 512, 512))
-    for mode, loss in every_loss():
-        if mode == "multilabel": continue
-        logits = x if mode == "binary" else torch.cat([x, -x], 1)[:2]
-        target = y if mode == "binary" else y[:2]
-        exact = loss(logits.double(), target).item()
-        logits = logits.detach().requires_grad_()
-        value = loss(logits, target)
-        (value * 2**16).backward()
-        assert value.dtype == torch.float32 and logits.grad.dtype == dtype
-        assert logits.grad.isfinite().all() and (logits.grad != 0).any()
-        assert math.isclose(value.item(), exact, rel_tol=1e-4), loss
-
-
-def test_gradcheck():
-    for mode, loss in every_loss(ignore_index=255):
-        logits, target = data(mode, (3, 4), dtype=torch.float64)
-        target[0, ..., 1] = 255
-        for reduction in loss.reductions:
-            loss.reduction = reduction
-            assert torch.autograd.gradcheck(lambda x, loss=loss, target=target: loss(x, target), logits.requires_grad_())
-
-
-def test_probabilities_in_place_of_logits():
-    for mode, loss in every_loss():
-        if type(loss).__name__.startswith("Soft"): continue
-        logits, target = data(mode, dtype=torch.float64)
-        given = copy.deepcopy(loss)
-        given.from_logits = False
-        probs = loss.activation(logits)
-        before = probs.clone()
-        assert_close(given(probs, target), loss(logits, target), rtol=1e-4, atol=1e-6)
-        gradient(given, probs, target)
-        assert_close(probs, before, rtol=0, atol=0)
-
-
-def test_inputs_stay_as_they_are():
-    for mode, loss in every_loss(ignore_index=255):
-        logits, target = data(mode)
-        target[..., 2] = 255
-        before = logits.clone(), target.clone()
-        loss(logits.requires_grad_(), target).backward()
-        assert_close((logits.detach(), target), before, rtol=0, atol=0)
-
-
-def test_channels_last_and_slices():
-    for mode, loss in every_loss():
-        logits, target = data(mode)
-        wide = torch.randn(2, logits.shape[1], 20, 20)
-        wide[..., 2:19, 3:16] = logits
-        expected = gradient(loss, logits, target)
-        assert_close(gradient(loss, logits.contiguous(memory_format=torch.channels_last), target), expected, rtol=1e-5, atol=1e-7)
-        x = wide.requires_grad_()
-        assert_close(torch.autograd.grad(loss(x[..., 2:19, 3:16], target), x)[0][..., 2:19, 3:16], expected[1], rtol=1e-5, atol=1e-7)
-
-
 def test_graph_can_be_kept_and_differentiated_again():
     logits, target = data("multiclass", (5, 4), dtype=torch.float64)
-    for name in ("DiceLoss", "FocalLoss"):
+    for name in ("DiceLoss", "FocalLoss", "LovaszLoss"):
         x, hessians = logits.clone().requires_grad_(), []
         for library in (losses, smp):
             value = getattr(library, name)("multiclass")(x, target)
@@ -284,14 +162,6 @@ def test_graph_can_be_kept_and_differentiated_again():
         assert_close(*hessians)
 
 
-def test_autocast_changes_nothing():
-    for mode, loss in every_loss():
-        logits, target = data(mode)
-        expected = gradient(loss, logits, target)
-        with torch.autocast("cpu", torch.bfloat16): found = gradient(loss, logits, target)
-        assert_close(found, expected, rtol=1e-6, atol=1e-8)
-
-
 def test_weights_are_buffers():
     loss = losses.DiceLoss("multiclass", class_weights=[1, 2, 3, 4], classes=[1, 2])
     assert loss.state_dict()["class_weights"].tolist() == [1, 2, 3, 4]
@@ -300,37 +170,9 @@ def test_weights_are_buffers():
     fresh = losses.DiceLoss("multiclass", class_weights=[1, 1, 1, 1], classes=[1, 2])
     fresh.load_state_dict(losses.DiceLoss("multiclass", class_weights=[1, 2, 3, 4]).state_dict())
     assert fresh.class_weights.tolist() == [1, 2, 3, 4]
-    for mode, loss in every_loss():
-        logits, target = data(mode)
-        for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)): assert other(logits, target) == loss(logits, target)
-
-
-@pytest.mark.parametrize("name", ["DiceLoss", "FocalLoss", "OHEMCrossEntropyLoss"])
-def test_compiles(name):
-    logits, target = data("multiclass", (6, 5))
-    loss = make(name, "multiclass", ignore_index=3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = torch.compile(loss, backend="eager")
-        assert_close(gradient(compiled, logits, target), gradient(loss, logits, target))
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
-
-def test_errors_in_words():
-    for name in WITH_MODE:
-        with pytest.raises(ValueError, match="mode='multi-label'.*did you mean 'multilabel'"): make(name, "multi-label")
-        with pytest.raises(ValueError, match="reduction='avg'"): make(name, "binary", reduction="avg")
-        with pytest.raises(ValueError, match="class_weights"): make(name, "binary", class_weights=[1.])
-        for mode in MODES:
-            logits, target = data(mode)
-            loss = make(name, mode)
-            with pytest.raises(ValueError, match="y_true must hold"): loss(logits, target + 250)
-            with pytest.raises(ValueError, match=r"y_pred \(2, .*, 17, 13\) and y_true \(1"): loss(logits, target[:1])
-            with pytest.raises(ValueError, match="y_true"): loss(logits, target[..., :-1])
-            with pytest.raises(TypeError, match="floating-point"): loss(logits.long(), target)
-        with pytest.raises(TypeError, match="integer dtype"): make(name, "multiclass")(*[t.float() for t in data("multiclass")])
-
 
 def test_imports_are_light():
     code = ("import sys, segkit.losses as l; assert 'torch' not in sys.modules; l.DiceLoss; l.FocalLoss; "

@@ -165,3 +165,8 @@ def test_numpy_oracle_by_image():
     o, t = output.numpy(), target.numpy()
     iou = [[((o[i] == c) & (t[i] == c)).sum()/(((o[i] == c) | (t[i] == c)) & (t[i] != 255)).sum() for c in range(4)] for i in range(3)]
     assert_close(iou_score(*stats).double().numpy(), np.array(iou), rtol=0, atol=1e-6)
+
+def test_tensors_of_fastai():
+    mask = pytest.importorskip("fastai.torch_core").TensorMask
+    pred, true = torch.randint(0, 3, (2, 8, 8)), torch.randint(0, 3, (2, 8, 8))
+    for a, b in zip(get_stats(mask(pred), mask(true), "multiclass", num_classes=3), get_stats(pred, true, "multiclass", num_classes=3)): assert torch.equal(a, b)

@@ -17,7 +17,7 @@ CHECKS = {
     "lint": ("ruff", [PYTHON, "-m", "ruff", "check", "--output-format", "concise", "nbs", "tests", "tools", "docs", "setup.py"]),
     "docs": ("the site builds without warnings", [PYTHON, "tools/docs.py", "site"]),
     "run": ("every notebook runs", [PYTHON, "tools/run_nbs.py"]),
-    "tests": ("pytest", [PYTHON, "-m", "pytest"]),  # last: its closing line ends a run that passes
+    "tests": ("pytest", [PYTHON, "-m", "pytest", "-n", "2"]),  # last: its closing line ends a run that passes
 }
 
 def tree():

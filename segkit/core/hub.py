@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .building import skip_init
 from .registry import architectures, did_you_mean, encoders
 
 # %% ../../nbs/core/04_hub.ipynb #config
@@ -39,9 +41,15 @@ def _stored(owner: str, name: str, value: Any) -> Any: # What JSON can hold
     if isinstance(value, Mapping): return {str(k): _stored(owner, name, v) for k, v in value.items()}
     if isinstance(value, Sequence): return [_stored(owner, name, v) for v in value]
     if callable(value) and not isinstance(value, nn.Module) and (path := _path_of(value)): return {"_import": path}
-    way = ("register its class in segkit.encoders.encoders and build the model with the name" if name == "encoder_name"
-           else "use a name, or a class or function that is defined in a module")
-    raise ValueError(f"{owner} cannot be saved: the argument {name}={value!r:.80} cannot be written to config.json; {way}")
+    way = _by_name(value) if name == "encoder_name" else "use a name, or a class or function that is defined in a module"
+    shown = f"a {type(value).__name__}" if isinstance(value, nn.Module) else f"{value!r:.80}"
+    raise ValueError(f"{owner} cannot be saved: the argument {name}={shown} cannot be written to config.json; {way}")
+
+def _by_name(value: Any) -> str:
+    "How to build a model with this encoder from a name"
+    timm_name = (getattr(value, "pretrained_cfg", None) or {}).get("architecture")
+    if timm_name: return f"build the model with encoder_name='tu-{timm_name}', and encoder_weights=its state_dict() for the weights it has"
+    return "register its class in segkit.encoders.encoders and build the model with the name, or with the class if it is defined in a module"
 
 def _restored(value: Any) -> Any:
     "The inverse of `_stored`"
@@ -58,8 +66,10 @@ def describe(
     if not known and _path_of(cls) is None:
         raise ValueError(f"{cls.__name__} cannot be saved: it is defined in a notebook or script, from which nobody can import it; move the class into a module")
     config = {name: _stored(cls.__name__, name, value) for name, value in model.config.items()}
-    entry = encoders.get(config.get("encoder_name"))
-    if entry and not entry["encoder"].__module__.startswith("segkit.") and (path := _path_of(entry["encoder"])): config["_encoder_class"] = path
+    name = config.get("encoder_name")
+    entry = encoders.get(name) if isinstance(name, str) else None
+    if isinstance(name, Mapping): config["_encoder_class"] = name["_import"]
+    elif entry and not entry["encoder"].__module__.startswith("segkit.") and (path := _path_of(entry["encoder"])): config["_encoder_class"] = path
     return dict(sorted((config | {"_model_class": cls.__name__ if known else _path_of(cls)}).items()))
 
 def class_of(
@@ -149,7 +159,7 @@ class HubMixin:
         if not issubclass(saved, cls):
             raise ValueError(f"{str(name)!r} holds a {saved.__name__}, not a {cls.__name__}: use segkit.{saved.__name__}.from_pretrained or segkit.from_pretrained")
         arguments = {k: _restored(v) for k, v in config.items() if not k.startswith("_")} | overrides
-        model = saved(**arguments | {"encoder_weights": None})
+        with skip_init() if strict else nullcontext(): model = saved(**arguments | {"encoder_weights": None})
         model.config["encoder_weights"] = arguments.get("encoder_weights")
         state = read_state_dict(_file(name, "model.safetensors", hub))
         if strict: model.load_state_dict(state)
@@ -195,7 +205,7 @@ def _preprocessing(config):
     if not weights: return {}
     from segkit.encoders.preprocessing import get_preprocessing_params
     try: return get_preprocessing_params(config["encoder_name"], "imagenet" if weights is True else weights)
-    except (KeyError, ValueError): return {}
+    except (KeyError, TypeError, ValueError): return {}
 
 def model_card(
     config: Mapping[str, Any], # Content of `config.json`

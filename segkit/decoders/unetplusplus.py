@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn, Tensor
 
-from ..core.layers import Conv2dReLU, initialize_head
+from ..core.layers import initialize_head
 from ..core.model import SegmentationModel, check_images, pad_to_multiple
 from ..core.registry import architectures, check_choice
 from .unet import UnetDecoderBlock, check_widths
@@ -63,7 +63,6 @@ class UnetPlusPlusDecoder(nn.Module):
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
         attention_type: str | None = None, # None or "scse"
         interpolation_mode: str = "nearest", # Mode of `F.interpolate`
-        add_center_block: bool = False, # Two convolutions on the deepest map before the first node
         level: int | None = None, # Sub-network to build, 1 the shallowest; None for the whole
     ):
         super().__init__()
@@ -72,8 +71,6 @@ class UnetPlusPlusDecoder(nn.Module):
         grid, self.level = self.grid, self.grid.levels if level is None else check_choice("level", level, range(1, self.grid.levels + 1))
         self.ends = grid.ends(self.level)  # the nodes that carry masks
         self.encoder_depth = grid.depth - self.ends[0][0]
-        centred = add_center_block and self.encoder_depth == grid.depth
-        self.center = nn.Sequential(*(Conv2dReLU(c, c, 3, padding=1, use_norm=use_norm) for c in encoder_channels[-1:]*(2*centred)))
         self.blocks = nn.ModuleDict({
             f"x_{d}_{l}": UnetDecoderBlock(*grid.inputs(d, l), grid.width(d, l), use_norm, attention_type, interpolation_mode)
             for d, l in grid.nodes(self.level)})
@@ -90,7 +87,7 @@ class UnetPlusPlusDecoder(nn.Module):
         depth, made = self.grid.depth, {}
         for d, l in sorted(self.grid.nodes(self.level), key=lambda node: (node[1], -node[0])):  # left before right
             stage = depth - 1 - l
-            below = made[d, l - 1] if l > d else features[depth - d] if d else self.center(features[depth])
+            below = made[d, l - 1] if l > d else features[depth - d]
             beside = [made[i, l] for i in range(d + 1, l + 1) if (i, l) in made]
             skip = torch.cat([*beside, features[stage]], dim=1) if stage else None
             made[d, l] = self.blocks[f"x_{d}_{l}"](below, features[stage].shape[-2:], skip)
@@ -101,7 +98,7 @@ class UnetPlusPlusDecoder(nn.Module):
 class UnetPlusPlus(SegmentationModel):
     "[U-Net++](https://arxiv.org/abs/1912.05074) (Zhou et al., 2019) with any encoder"
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
-    unused_tensors = ("decoder.blocks.*.attention1.*",)  # SMP stores these for the last node, too
+    unused_tensors = ("decoder.blocks.*.attention1.*", "decoder.center.*")  # SMP stores these for the last node, and for VGG, and uses neither
 
     def __init__(self,
         encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
@@ -126,8 +123,7 @@ class UnetPlusPlus(SegmentationModel):
         self.encoder = build(encoder_depth, None if small else encoder_weights)
         channels = self.encoder.out_channels
         if not channels[-1]: raise ValueError(f"encoder_depth={encoder_depth}: {encoder_name!r} has no map there; use a depth of at least 2")
-        self.decoder = UnetPlusPlusDecoder(channels, decoder_channels, decoder_use_norm, decoder_attention_type, decoder_interpolation,
-                                           add_center_block=self.encoder.has_center, level=level)
+        self.decoder = UnetPlusPlusDecoder(channels, decoder_channels, decoder_use_norm, decoder_attention_type, decoder_interpolation, level=level)
         if small: self.encoder = build(self.decoder.encoder_depth, encoder_weights)  # a label needs the deepest map, a shallow mask does not
         head = lambda width, stride: SegmentationHead(width, classes, activation=activation, upsampling=stride)
         self.segmentation_head, *others = [head(*size) for size in self.decoder.sizes()]

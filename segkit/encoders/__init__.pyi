@@ -5,8 +5,14 @@ from .base import get_encoder as get_encoder
 from .base import get_encoder_names as get_encoder_names
 from .base import parameter_stages as parameter_stages
 from .base import register_encoder as register_encoder
+from .bridge import TimmBridgeEncoder as TimmBridgeEncoder
+from .catalog import list_encoders as list_encoders
+from .given import ModuleEncoder as ModuleEncoder
+from .preprocessing import Preprocess as Preprocess
+from .preprocessing import get_normalize as get_normalize
 from .preprocessing import get_preprocessing_fn as get_preprocessing_fn
 from .preprocessing import get_preprocessing_params as get_preprocessing_params
+from .preprocessing import get_preprocessing_transform as get_preprocessing_transform
 from .preprocessing import preprocess_input as preprocess_input
 from .universal import TimmUniversalEncoder as TimmUniversalEncoder
 from .mix_transformer import MixVisionTransformerEncoder as MixVisionTransformerEncoder

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['channel_strategies', 'encoder_sources', 'EncoderMixin', 'adapt_first_conv', 'dilate', 'probe', 'check_encoder',
-           'parameter_stages', 'EncoderSource', 'get_encoder', 'get_encoder_names', 'register_encoder']
+           'parameter_stages', 'EncoderSource', 'get_encoder', 'warn_replaced', 'get_encoder_names', 'register_encoder']
 
 # %% ../../nbs/encoders/00_base.ipynb #imports
 import inspect
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ from torch import nn, Tensor
 from torch.func import functional_call
 
 from ..core.registry import UnknownName, check_choice, check_keywords, encoders, nearest
+from .checkpoint import plain_forward, set_checkpointing
 
 # %% ../../nbs/encoders/00_base.ipynb #mixin
 class EncoderMixin:
@@ -60,6 +63,12 @@ class EncoderMixin:
         for name, stage in parameter_stages(self).items(): table.setdefault(max(1, stage), []).append(name)
         return table
 
+    def set_gradient_checkpointing(self,
+        enable: bool = True, # Recompute blocks in the backward pass, or keep all maps again
+    ) -> None:
+        "Trade work for memory in training; outputs and gradients stay the same"
+        set_checkpointing(self, enable)
+
     def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
         "Tensors that checkpoints of this encoder may hold and that it does not build, such as deeper stages"
         return {}
@@ -76,8 +85,8 @@ class EncoderMixin:
         if output_stride >= self.output_stride: return  # the deepest map is no coarser than that
         stages = self.get_stages()
         if not stages:
-            raise ValueError(f"{type(self).__name__} cannot be dilated (output_stride={output_stride}); use output_stride=32, or an encoder "
-                             "whose stages are convolutions, such as 'resnet34'")
+            raise ValueError(f"{type(self).__name__} cannot be dilated (output_stride={output_stride}); use output_stride=32, or an encoder whose stages "
+                             "are convolutions: resnet*, resnext*, se_*, dpn*, efficientnet-b*, mobilenet_v2, mobileone_*, or a timm one such as 'tu-convnext_tiny'")
         for stride, modules in stages.items():
             if stride > output_stride: dilate(modules, stride//output_stride)
         self._output_stride = output_stride
@@ -138,7 +147,7 @@ def probe(
     modes = [(m, m.training) for m in encoder.modules()]
     encoder.eval()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), plain_forward(encoder):
             try: return _run(encoder, size, "meta")
             except Exception: return _run(encoder, size, None)  # a real error will come again, and is then the user's to see
     finally:
@@ -154,7 +163,7 @@ def _run(encoder, size, device):
 # %% ../../nbs/encoders/00_base.ipynb #check
 def check_encoder(
     encoder: nn.Module, # Encoder
-    size: int = 64, # Height and width of the image that it is tried on; a multiple of 32
+    size: int | tuple[int, int] | None = None, # Height and width of the image that it is tried on, multiples of 32; None for one that the encoder takes
 ) -> None:
     "Raise `TypeError` or `ValueError` that names what breaks the contract of an encoder, and which level"
     owner = type(encoder).__name__
@@ -166,18 +175,19 @@ def check_encoder(
     promised, depth = encoder._out_channels, encoder._depth
     if len(promised) < depth + 1:
         raise ValueError(f"{owner}: _depth={depth} needs {depth + 1} numbers in _out_channels, got {len(promised)}: {list(promised)}")
-    maps, _ = probe(encoder, (size, size))
+    size = encoder._probe_size if size is None else (size, size) if isinstance(size, int) else size
+    maps, _ = probe(encoder, size)
     if not isinstance(maps, (list, tuple)): raise TypeError(f"{owner}.forward returned {type(maps).__name__}, expected a list of {depth + 1} maps")
     if len(maps) != depth + 1:
         raise ValueError(f"{owner}.forward returned {len(maps)} maps, expected {depth + 1} for _depth={depth}: the image itself and one for each stage. "
                          "Let `forward` return `features[:self._depth + 1]`")
     for level, f in enumerate(maps):
-        side = -(-size//min(2**level, encoder._output_stride))
-        expected = (1, promised[level], side, side)
+        stride = min(2**level, encoder._output_stride)
+        expected = (1, promised[level], *(-(-n//stride) for n in size))
         if not isinstance(f, Tensor) or tuple(f.shape) != expected:
             got = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
-            raise ValueError(f"{owner}: level {level} is {got}, expected {expected} for an image of {size} x {size}: "
-                             f"_out_channels[{level}]={promised[level]} at stride {size//side}")
+            raise ValueError(f"{owner}: level {level} is {got}, expected {expected} for an image of {size[0]} x {size[1]}: "
+                             f"_out_channels[{level}]={promised[level]} at stride {stride}")
 
 _examples = {"_out_channels": "[3, 16, 64, 128, 256, 512]", "_depth": 5, "_in_channels": 3}
 
@@ -207,28 +217,46 @@ encoder_sources: list[EncoderSource] = []
 
 # %% ../../nbs/encoders/00_base.ipynb #get
 def get_encoder(
-    name: str | nn.Module, # Name of an encoder, or one that is built already
+    name: str | type | nn.Module, # Name of an encoder, class of one, or a module that is built already
     in_channels: int = 3, # Channels of the image
     depth: int = 5, # How many times the size is halved
     weights: Any = None, # None or False; True or a tag; a file; a state dict; a function that returns one
     output_stride: int = 32, # Stride of the deepest map: 8 or 16 dilates the last stages
     channel_strategy: str | Callable[[Tensor, int], Tensor] = "tile", # How weights for 3 channels become weights for `in_channels`
+    use_checkpoint: bool = False, # Recompute blocks in the backward pass, which saves memory
     **kwargs, # Arguments of the encoder's class
 ) -> nn.Module: # Encoder, with `EncoderMixin`
     "Build an encoder by name"
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1: raise ValueError(f"encoder_depth={depth!r}: expected a whole number from 1 on")
+    if not isinstance(use_checkpoint, bool): raise TypeError(f"use_checkpoint={use_checkpoint!r}: expected True or False")
     if output_stride in (8, 16) and output_stride >= 2**depth: output_stride = 32  # so shallow that nothing is to dilate
-    if isinstance(name, nn.Module): return _given(name, in_channels, depth, output_stride, channel_strategy)
-    if name in encoders: return _build(name, in_channels, depth, weights, output_stride, channel_strategy, kwargs)
+    build = _given if isinstance(name, nn.Module) else _named
+    encoder = build(name, in_channels, depth, weights, output_stride, channel_strategy, kwargs)
+    if use_checkpoint: encoder.set_gradient_checkpointing()
+    return encoder
+
+def _named(name, in_channels, depth, weights, output_stride, channel_strategy, kwargs):
+    "An encoder from a name or a class"
+    if isinstance(name, type): return _build(name.__name__, {"encoder": name}, in_channels, depth, weights, output_stride, channel_strategy, kwargs)
+    if not isinstance(name, str): raise TypeError(f"encoder_name={name!r}: expected a name, a class or a module")
+    if name in encoders: return _build(name, encoders[name], in_channels, depth, weights, output_stride, channel_strategy, kwargs)
     for source in encoder_sources:
         if (encoder := source(name, in_channels, depth, weights, output_stride, channel_strategy=channel_strategy, **kwargs)) is not None: return encoder
     raise UnknownName(_unknown(name))
 
+# %% ../../nbs/encoders/00_base.ipynb #replaced
+def warn_replaced(
+    name: str, # Old name of an encoder
+    present: str, # Name to use in its place
+) -> None:
+    "Warn that `name` is deprecated"
+    warnings.warn(f"the encoder name {name!r} is deprecated; {present!r} takes its place", DeprecationWarning, stacklevel=5)
+
 # %% ../../nbs/encoders/00_base.ipynb #build
-def _build(name, in_channels, depth, weights, output_stride, channel_strategy, kwargs):
-    "A native or registered encoder"
+def _build(name, entry, in_channels, depth, weights, output_stride, channel_strategy, kwargs):
+    "A native or registered encoder, or one of a class that was given"
     from segkit.encoders.weights import load_weights
-    entry = encoders[name]
+    if entry.get("replaced_by"): warn_replaced(name, entry["replaced_by"])
     cls, settings = entry["encoder"], entry.get("pretrained_settings", {})
     params = {**entry.get("params", {}), **kwargs}
     signature = inspect.signature(cls).parameters
@@ -238,22 +266,33 @@ def _build(name, in_channels, depth, weights, output_stride, channel_strategy, k
     except TypeError as error:
         unexpected = next((k for k in kwargs if f"unexpected keyword argument '{k}'" in str(error)), None)
         raise (TypeError(f"encoder {name!r} has no argument {unexpected!r}") if unexpected else error) from None
-    if isinstance(encoder, EncoderMixin): encoder._depth = depth
     loaded = load_weights(encoder, weights, settings, name)
-    if isinstance(encoder, EncoderMixin): encoder.set_in_channels(in_channels, pretrained=loaded, strategy=channel_strategy)
+    if isinstance(encoder, EncoderMixin): encoder._depth = depth
+    else: encoder = _wrapped(encoder, depth)
+    encoder.set_in_channels(in_channels, pretrained=loaded, strategy=channel_strategy)
     if output_stride != 32: encoder.make_dilated(output_stride)
     if not cls.__module__.startswith("segkit."): check_encoder(encoder)
     return encoder
 
-def _given(encoder, in_channels, depth, output_stride, channel_strategy):
+# %% ../../nbs/encoders/00_base.ipynb #given
+def _given(module, in_channels, depth, weights, output_stride, channel_strategy, kwargs):
     "An encoder that was built already, after a check"
-    if isinstance(encoder, EncoderMixin) and encoder.depth < depth:
-        raise ValueError(f"encoder_depth={depth}, but the {type(encoder).__name__} that was given has depth {encoder.depth}: pass encoder_depth={encoder.depth}")
-    if isinstance(encoder, EncoderMixin): encoder._depth = depth
+    from segkit.encoders.weights import is_file, load_weights
+    owner = type(module).__name__
+    if kwargs: raise TypeError(f"the {owner} that was given is built already and takes no arguments: {', '.join(map(repr, kwargs))}")
+    if isinstance(weights, (Mapping, os.PathLike)) or callable(weights) or is_file(weights): load_weights(module, weights, {}, owner)
+    if not isinstance(module, EncoderMixin): encoder = _wrapped(module, depth)
+    elif module.depth < depth: raise ValueError(f"encoder_depth={depth}, but the {owner} that was given has depth {module.depth}: pass encoder_depth={module.depth}")
+    else: encoder = module
+    encoder._depth = depth
     check_encoder(encoder)
     encoder.set_in_channels(in_channels, strategy=channel_strategy)
     if output_stride not in (32, encoder._output_stride): encoder.make_dilated(output_stride)
     return encoder
+
+def _wrapped(module, depth):
+    from segkit.encoders.given import ModuleEncoder
+    return ModuleEncoder(module, depth)
 
 def _unknown(name):
     close = nearest(name, encoders)

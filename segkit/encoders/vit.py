@@ -18,8 +18,8 @@ from ..core.layers import resize
 from ..core.model import pad_to_multiple
 from ..core.registry import encoders
 from .base import EncoderMixin, parameter_stages
-from .universal import _no_timm_model, _pretrained
-from .weights import load_weights
+from .universal import _no_timm_model, _pretrained, weightless
+from .weights import load_weights, with_tag
 
 # %% ../../nbs/encoders/20_vit.ipynb #facts
 @lru_cache(maxsize=None)
@@ -27,8 +27,7 @@ def block_facts(
     name: str, # Name of a timm model, with or without tag
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int] | None, bool]: # Strides and channels of each block's map, the one size it takes or None, and whether `dynamic_img_size` frees it
     "What timm says about the blocks of a model; read once, without making its weights"
-    import timm
-    with torch.device("meta"): model = timm.create_model(name, pretrained=False)
+    model = weightless(name)
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"the timm model {name!r} does not give the maps between its blocks; choose another, such as 'vit_base_patch16_224'")
     blocks, cfg = list(model.feature_info), model.pretrained_cfg
@@ -37,9 +36,7 @@ def block_facts(
 
 def _is_freed(name):
     "Whether the model takes another size once it is asked to"
-    import timm
-    try:
-        with torch.device("meta"): return bool(timm.create_model(name, pretrained=False, dynamic_img_size=True))
+    try: return bool(weightless(name, dynamic_img_size=True))
     except TypeError: return False
 
 # %% ../../nbs/encoders/20_vit.ipynb #indices
@@ -150,13 +147,18 @@ def get_vit_encoder(
     weights: Any = None, # None or False; True or "imagenet"; a file; a state dict; a function that returns one
     output_indices: Sequence[int] | None = None, # Which blocks; None for equal distances
     channel_strategy: str | Callable[[Tensor, int], Tensor] = "tile", # How weights for 3 channels become weights for `in_channels`
+    use_checkpoint: bool = False, # Recompute blocks in the backward pass, which saves memory
     **kwargs, # Arguments of the timm model
 ) -> TimmViTEncoder: # Encoder
     "Build a `TimmViTEncoder`, with weights"
     import timm
+    if use_checkpoint:
+        encoder = get_vit_encoder(name, in_channels, depth, weights, output_indices, channel_strategy, **kwargs)
+        encoder.set_gradient_checkpointing()
+        return encoder
     if isinstance(name, TimmViTEncoder): return _given(name, in_channels, depth, channel_strategy)
     if isinstance(name, nn.Module): raise TypeError(f"expected a name or a TimmViTEncoder, got {type(name).__name__}")
-    bare = name.removeprefix("tu-")
+    bare, weights = with_tag(name.removeprefix("tu-"), weights)
     if name in encoders: raise ValueError(f"encoder_name={name!r} is a pyramid, and DPT reads the blocks of a timm model" + (f": use 'tu-{name}'" if timm.is_model(name) else ""))
     if not timm.is_model(bare): raise _no_timm_model(bare)
     build = lambda pretrained: TimmViTEncoder(bare, pretrained, depth=depth, output_indices=output_indices, **kwargs)

@@ -3,6 +3,7 @@ from .callbacks import EMA as EMA
 from .callbacks import Checkpoint as Checkpoint
 from .callbacks import FreezeBatchNorm as FreezeBatchNorm
 from .callbacks import GuardMixing as GuardMixing
+from .display import show_masks as show_masks
 from .display import show_predictions as show_predictions
 from .interpret import SegmentationInterpretation as SegmentationInterpretation
 from .learner import SegmentationLearner as SegmentationLearner
@@ -13,6 +14,9 @@ from .metrics import MaskScore as MaskScore
 from .metrics import default_metrics as default_metrics
 from .metrics import label_metric as label_metric
 from .metrics import mask_metric as mask_metric
+from .mixing import ClassMix as ClassMix
+from .mixing import MaskCutMix as MaskCutMix
+from .mixing import MaskMixUp as MaskMixUp
 from .splitter import CheckedSplitter as CheckedSplitter
 from .splitter import segmentation_splitter as segmentation_splitter
 from .targets import Targets as Targets

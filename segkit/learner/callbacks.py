@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'FreezeBatchNorm', 'frozen_norms', 'GuardMixing', 'CheckTargets', 'EMA', 'random_state', 'set_random_state',
-           'Checkpoint', 'write_atomically']
+           'plain_loaders', 'of_all_processes', 'Checkpoint', 'write_atomically']
 
 # %% ../../nbs/learner/04_callbacks.ipynb #imports
 import os
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -21,7 +22,8 @@ from . import shims  # noqa: F401  first: it filters the warnings of fastai's im
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import TrackerCallback
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
+from .splitter import unwrap
 from .targets import Targets, check_items, wrong_values
 
 # %% ../../nbs/learner/04_callbacks.ipynb #freeze
@@ -55,7 +57,7 @@ class GuardMixing(Callback):
         for callback in self.learn.cbs:
             if isinstance(callback, MixHandler):
                 raise TypeError(f"{type(callback).__name__} mixes pictures and one label; it cannot mix masks. "
-                                "Mix picture, mask and label in the data, before the batch reaches the learner")
+                                "MaskMixUp, MaskCutMix and ClassMix of segkit.learner mix picture, mask and label")
 
 # %% ../../nbs/learner/04_callbacks.ipynb #check-targets
 class CheckTargets(Callback):
@@ -87,9 +89,9 @@ class EMA(Callback):
 
     def before_fit(self):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds")
-        if self.run: self.average = AveragedModel(self.learn.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
+        if self.run: self.average = AveragedModel(unwrap(self.learn.model), multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
 
-    def after_step(self): self.average.update_parameters(self.learn.model)
+    def after_step(self): self.average.update_parameters(unwrap(self.learn.model))
 
     def before_validate(self): self.live, self.learn.model = self.learn.model, self.average.module
 
@@ -98,7 +100,7 @@ class EMA(Callback):
 
     def after_fit(self):
         self.after_validate()
-        self.learn.model.load_state_dict(self.average.module.state_dict())
+        unwrap(self.learn.model).load_state_dict(self.average.module.state_dict())
 
     def state_dict(self) -> dict: return self.average.state_dict()
 
@@ -109,7 +111,7 @@ def random_state(
     dls: Any, # Data with its loaders
 ) -> dict: # States of all generators that training draws from
     "Python's, numpy's, torch's and the loaders' random numbers"
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "loaders": [dl.rng.getstate() for dl in dls.loaders]}
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "loaders": [dl.rng.getstate() for dl in plain_loaders(dls)]}
     if torch.cuda.is_available(): state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -121,8 +123,24 @@ def set_random_state(
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
-    for dl, rng in zip(dls.loaders, state["loaders"]): dl.rng.setstate(rng)
+    for dl, rng in zip(plain_loaders(dls), state["loaders"]): dl.rng.setstate(rng)
     if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+# %% ../../nbs/learner/04_callbacks.ipynb #checkpoint-processes
+def plain_loaders(
+    dls: Any, # Data with its loaders, perhaps split among processes
+) -> list: # fastai's loaders
+    "The loaders that draw the order of the items"
+    return [getattr(dl, "dl", dl) for dl in dls.loaders]
+
+def of_all_processes(
+    thing: Any, # Anything that can be pickled
+) -> list: # What each process gave; `[thing]` for one process
+    "Collect `thing` from all processes that train together"
+    if not (dist.is_available() and dist.is_initialized()): return [thing]
+    things = [None]*dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
 
 # %% ../../nbs/learner/04_callbacks.ipynb #checkpoint
 class Checkpoint(Callback):
@@ -143,9 +161,10 @@ class Checkpoint(Callback):
         if self.run and self.resume and self.file.exists(): self._restore(torch.load(self.file, map_location="cpu", weights_only=False))
 
     def after_epoch(self):
+        random = of_all_processes(random_state(self.learn.dls))
         if rank_distrib(): return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._state(), self.file)
+        write_atomically(self._state() | {"random": random}, self.file)
 
     def after_fit(self):
         if not rank_distrib(): self.file.unlink(missing_ok=True)
@@ -170,18 +189,19 @@ def _tracked(cb): return {k: v for k, v in vars(cb).items() if k in ("best", "wa
 def _state(self: Checkpoint) -> dict:
     learn = self.learn
     others = [cb for cb in learn.cbs if cb is not self]
-    state = dict(epoch=learn.epoch, n_epoch=learn.n_epoch, batches=len(learn.dls.train), model=learn.model.state_dict(), opt=learn.opt.state_dict(),
+    state = dict(epoch=learn.epoch, n_epoch=learn.n_epoch, batches=len(learn.dls.train), processes=max(1, num_distrib()),
+                 model=unwrap(learn.model).state_dict(), opt=learn.opt.state_dict(),
                  recorder={k: getattr(learn.recorder, k) for k in _RECORDED}, smooth=vars(learn.recorder.smooth_loss),
                  trackers={cb.name: _tracked(cb) for cb in others if isinstance(cb, TrackerCallback)},
-                 callbacks={cb.name: cb.state_dict() for cb in others if hasattr(type(cb), "state_dict")}, random=random_state(learn.dls))
+                 callbacks={cb.name: cb.state_dict() for cb in others if hasattr(type(cb), "state_dict")})
     if isinstance(learn.loss_func, nn.Module): state["loss"] = learn.loss_func.state_dict()
     return state
 
 def _restore(self: Checkpoint, state: dict):
     learn = self.learn
-    for what, now in (("n_epoch", learn.n_epoch), ("batches", len(learn.dls.train))):
+    for what, now in (("n_epoch", learn.n_epoch), ("batches", len(learn.dls.train)), ("processes", max(1, num_distrib()))):
         if state[what] != now: raise ValueError(f"{self.file} is of another run: {what} was {state[what]}, now it is {now}. Pass `resume=False` to start anew")
-    learn.model.load_state_dict(state["model"])
+    unwrap(learn.model).load_state_dict(state["model"])
     learn.opt.load_state_dict(state["opt"])
     if isinstance(learn.loss_func, nn.Module): learn.loss_func.load_state_dict(state["loss"])
     vars(learn.recorder).update(state["recorder"])
@@ -191,6 +211,6 @@ def _restore(self: Checkpoint, state: dict):
         if cb.name in state["callbacks"]: cb.load_state_dict(state["callbacks"][cb.name])
     learn.first_epoch, learn.train_iter = state["epoch"] + 1, (state["epoch"] + 1)*state["batches"]
     for epoch, row in enumerate(state["recorder"]["values"]): learn.logger([epoch, *row, "resumed"])
-    set_random_state(learn.dls, state["random"])
+    set_random_state(learn.dls, state["random"][rank_distrib()])
 
 Checkpoint._state, Checkpoint._restore = _state, _restore

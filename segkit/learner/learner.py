@@ -10,7 +10,7 @@ __all__ = ['LEARNER_ARGUMENTS', 'unbatch', 'SegmentationLearner', 'kept_history'
 # %% ../../nbs/learner/03_learner.ipynb #imports
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
 from fasttransform.cast import retain_type
 from ..core.registry import architectures, check_keywords, did_you_mean
-from ..encoders import get_preprocessing_params
+from ..encoders.preprocessing import get_preprocessing_params, unit_statistics
 from .callbacks import CheckTargets, FreezeBatchNorm, GuardMixing
 from .display import show_predictions
+from .distributed import several_processes
 from .metrics import default_metrics
 from .splitter import CheckedSplitter, segmentation_splitter, unwrap
 from .targets import Targets, check_items, read_targets
@@ -216,9 +217,7 @@ def normalized(
         except (ValueError, KeyError, AttributeError, TypeError): continue
     if params is None or len(params["mean"]) != in_channels: return dls
     if params["input_space"] != "RGB": raise ValueError(f"the encoder {encoder_name!r} expects {params['input_space']} pictures: pass `normalize=False` and prepare them in the data")
-    low, high = params["input_range"]
-    mean, std = ([(v - shift)/(high - low) for v in params[n]] for n, shift in (("mean", low), ("std", 0)))
-    return use_statistics(dls, mean, std)
+    return use_statistics(dls, *unit_statistics(params))
 
 def _equal(a, b): return a is not None and a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
 
@@ -287,7 +286,7 @@ def segmentation_learner(
     of_learner = {"train_bn": False, **{k: kwargs.pop(k) for k in list(kwargs) if k in LEARNER_ARGUMENTS}}
     model = resolve(arch)
     if built := isinstance(model, nn.Module): check_keywords("SegmentationLearner", kwargs, LEARNER_ARGUMENTS)
-    else: model = build(model, targets, encoder_name, encoder_weights, aux_params, n_in, **kwargs)
+    else: model = build(model, targets, encoder_name, encoder_weights, aux_params, n_in, **kwargs).to(memory_format=torch.channels_last)
     if normalize and not built: dls = normalized(dls, encoder_name, encoder_weights, targets.in_channels)
     check_model(model, dls, targets)
     if splitter is None: splitter = segmentation_splitter if hasattr(unwrap(model), "encoder") else trainable_params
@@ -385,6 +384,15 @@ def predict_tiled(self: SegmentationLearner,
 
 @patch
 def _watch(self: SegmentationLearner, rows): return progress_bar(rows, leave=False) if hasattr(self, "progress") else rows
+
+# %% ../../nbs/learner/03_learner.ipynb #processes
+@patch
+def distrib_ctx(self: SegmentationLearner,
+    sync_bn: bool | None = None, # Share the statistics of BatchNorm among processes; None: on a GPU
+    **kwargs: Any, # Arguments of fastai's `distrib_ctx` and of accelerate's `Accelerator`
+) -> AbstractContextManager: # Context with the learner
+    "A context in which `fit` trains in all processes that were launched; with one process, nothing changes"
+    return several_processes(self, sync_bn, **kwargs)
 
 # %% ../../nbs/learner/03_learner.ipynb #save
 @patch

@@ -12,6 +12,8 @@ from .distribution import SoftBCEWithLogitsLoss as SoftBCEWithLogitsLoss
 from .distribution import SoftCrossEntropyLoss as SoftCrossEntropyLoss
 from .ranking import LovaszLoss as LovaszLoss
 from .correlation import MCCLoss as MCCLoss
+from .shape import BoundaryLoss as BoundaryLoss
+from .shape import SoftClDiceLoss as SoftClDiceLoss
 from .multitask import DeepSupervisionLoss as DeepSupervisionLoss
 from .multitask import MultiTaskLoss as MultiTaskLoss
 from .multitask import SumLoss as SumLoss

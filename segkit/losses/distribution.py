@@ -136,7 +136,7 @@ def as_values(
     logits, target, counted = batch
     if not batch.has_labels: return batch
     counted = None if counted is None else counted.unsqueeze(1).expand_as(logits)
-    target = F.one_hot(target, batch.classes).movedim(-1, 1).to(compute_dtype(logits))
+    target = torch.zeros_like(logits, dtype=compute_dtype(logits)).scatter_(1, target.unsqueeze(1), 1)
     return Batch(logits, target if counted is None else target * counted, counted)
 
 def _plain_entries(batch, gamma, threshold, alpha):
@@ -365,4 +365,4 @@ class OHEMCrossEntropyLoss(SegmentationLoss):
         counted = loss >= 0
         hardest = loss.flatten().topk(math.ceil(self.min_kept * loss.numel())).values
         last = (self.min_kept * counted.sum()).ceil().long().sub(1).clamp(min=0)
-        return counted & (loss >= hardest[last].clamp(max=-math.log(self.threshold)))
+        return counted & (loss >= hardest.gather(0, last.view(1)).clamp(max=-math.log(self.threshold)))

@@ -58,14 +58,16 @@ def _at_once(pred, target, c, size, low):
     pairs += torch.arange(len(target), dtype=dtype, device=target.device)[:, None]*size - low*c
     return torch.bincount(pairs.flatten(), minlength=len(target)*size).view(-1, size)
 
-def _in_pieces(pred, target, c, size, low, piece=2**15):
-    "The same, row by row and piece by piece"
+def _in_pieces(pred, target, c, size, low, piece=2**17):
+    "The same, row by row and piece by piece, in two buffers that are used again and again"
     counts = torch.zeros(len(target), size, dtype=torch.int64)
-    dtype = torch.int32 if size < 2**31 else torch.int64
-    for row, *pixels in zip(counts, pred, target, strict=True):
-        for p, t in zip(*(x.split(piece) for x in pixels), strict=True):
-            pairs = p.to(dtype, copy=True).add_(t.to(dtype), alpha=c)
-            row += torch.bincount(pairs.sub_(low*c) if low else pairs, minlength=size)
+    buffers = torch.empty(2, min(piece, target.shape[1]), dtype=torch.int32 if size < 2**31 else torch.int64)
+    for i in range(len(target)):
+        for j in range(0, target.shape[1], piece):
+            labels = target[i, j:j+piece]
+            pairs, other = buffers[:, :len(labels)]
+            pairs.copy_(pred[i, j:j+piece]).add_(other.copy_(labels), alpha=c)
+            counts[i] += torch.bincount(pairs.sub_(low*c) if low else pairs, minlength=size)
     return counts
 
 # %% ../../nbs/metrics/00_confusion.ipynb #count

@@ -29,7 +29,7 @@ def get_stats(
     num_classes: int | None = None, # Number of classes, for multiclass
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # True positives, false positives, false negatives, true negatives `(n, c)`, int64
     "Count for each image and class"
-    output, target = _check_stats(output.detach(), target.detach(), mode, threshold, num_classes)
+    output, target = _check_stats(output.detach().as_subclass(Tensor), target.detach().as_subclass(Tensor), mode, threshold, num_classes)
     if mode == "multiclass":
         m = count_pairs(_rows(output, 1), _rows(target, 1), num_classes, ignore_index)
         tp = m.diagonal(dim1=1, dim2=2)

@@ -1,5 +1,4 @@
-"""Exact fast forms of trained models."""
-
+"""Exact fast forms, and where the time goes"""
 import lazy_loader as lazy
 
-__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)  # the names are listed in `__init__.pyi`
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

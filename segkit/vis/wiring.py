@@ -94,7 +94,7 @@ def _sketch(tree: Any, held: dict[int, int]) -> Any:
     return [_sketch(item, held) for item in tree] if isinstance(tree, (list, tuple)) else None
 
 # %% ../../nbs/vis/01_wiring.ipynb #record
-def _record(model: nn.Module, image: Tensor, seen: _Recorder | None = None) -> _Recorder:
+def _record(model: nn.Module, image: Tensor, seen: _Recorder | None = None, grad: bool = False) -> _Recorder:
     "Run `model` once, watched, and leave it as it was"
     seen, training, hooks = seen or _Recorder(model, image), [m for m in model.modules() if m.training], []
     def note(tree): return [_sketch(t, seen.held) for t in _tensors(tree)]
@@ -109,7 +109,7 @@ def _record(model: nn.Module, image: Tensor, seen: _Recorder | None = None) -> _
     for name, module in model.named_modules():
         hooks += [module.register_forward_pre_hook(enter(name), with_kwargs=True), module.register_forward_hook(leave)]
     try:
-        with torch.no_grad(), seen: model.eval()(image)
+        with torch.set_grad_enabled(grad), seen: model.eval()(image)
     finally:
         for hook in hooks: hook.remove()
         for module in training: module.training = True
