@@ -127,7 +127,7 @@ class JoinedGrid(nn.Module):
     ):
         super().__init__()
         self.grid, self.level, self.ends, self.stride = decoder.grid, decoder.level, decoder.ends, decoder.stride
-        self.center, self.blocks = decoder.center, nn.ModuleDict()
+        self.blocks = nn.ModuleDict()
         for d, l in self._order():
             block, (below, beside) = decoder.blocks[f"x_{d}_{l}"], self.grid.inputs(d, l)
             forms = {"plain": _Joining(block)}
@@ -145,7 +145,7 @@ class JoinedGrid(nn.Module):
         depth, made = self.grid.depth, {}
         for d, l in self._order():
             stage = depth - 1 - l
-            below = made[d, l - 1] if l > d else features[depth - d] if d else self.center(features[depth])
+            below = made[d, l - 1] if l > d else features[depth - d]
             beside = [made[i, l] for i in range(d + 1, l + 1) if (i, l) in made]
             made[d, l] = self.blocks[f"x_{d}_{l}"](below, features[stage].shape[-2:], [*beside, features[stage]] if stage else ())
         return made[self.ends[0]]
