@@ -25,7 +25,9 @@ from .decoders.segformer import Segformer as Segformer
 from .decoders.unet import Unet as Unet
 from .decoders.unetplusplus import UnetPlusPlus as UnetPlusPlus
 from .decoders.upernet import UPerNet as UPerNet
+from .encoders.catalog import list_encoders as list_encoders
 from .learner.learner import segmentation_learner as segmentation_learner
+from .speed.fuse import fuse as fuse
 from .speed.profiling import profile as profile
 
 __version__: str
