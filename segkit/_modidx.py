@@ -92,6 +92,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'segkit.core.model.SegmentationModel.predict': ( 'core/model.html#segmentationmodel.predict',
                                                                                     'segkit/core/model.py'),
                                    'segkit.core.model._at_least': ('core/model.html#_at_least', 'segkit/core/model.py'),
+                                   'segkit.core.model._name_today': ('core/model.html#_name_today', 'segkit/core/model.py'),
                                    'segkit.core.model._of_stages': ('core/model.html#_of_stages', 'segkit/core/model.py'),
                                    'segkit.core.model._remembering': ('core/model.html#_remembering', 'segkit/core/model.py'),
                                    'segkit.core.model._renamed': ('core/model.html#_renamed', 'segkit/core/model.py'),

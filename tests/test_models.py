@@ -97,3 +97,14 @@ def test_names_of_the_table_are_exported():
     assert {cls.__name__ for cls in architectures.values()} <= set(segkit.__all__)
     assert all(cls.__name__.lower() == name for name, cls in architectures.items())
     with pytest.raises(KeyError, match="did you mean 'unet'"): segkit.create_model("unett")
+
+@pytest.mark.parametrize("name", ["tu-regnetx_002", "tu-gernet_s", "tu-mobilenetv3_small_050"])
+def test_files_from_before_smp_0_4(name):
+    model = segkit.FPN(name, encoder_weights=None, encoder_depth=4)
+    old = {k.replace("encoder.model.", "encoder.").replace("stages_", "stages."): t + 1 for k, t in model.state_dict().items()}
+    assert any(k not in model.state_dict() for k in old)
+    model.load_state_dict(old)
+    new = model.state_dict()
+    assert all(torch.equal(old[k.replace("encoder.model.", "encoder.").replace("stages_", "stages.")], t) for k, t in new.items())
+    old["encoder.nothing"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="encoder.nothing"): model.load_state_dict(old)

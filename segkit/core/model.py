@@ -138,7 +138,8 @@ class LoadMixin:
         if spare := [k for k in state if k.startswith("encoder.") and k not in own]:
             unused = self.encoder.unused_tensors()
             for k in spare:
-                if unused.get(k.removeprefix("encoder.")) == tuple(state[k].shape): del state[k]
+                tensor, k = state.pop(k), _name_today(k, own)
+                if k in own or unused.get(k.removeprefix("encoder.")) != tuple(tensor.shape): state[k] = tensor
         if not strict and (wrong := [k for k in state if k in own and state[k].shape != own[k].shape]):
             lines = [f"  {k}: {tuple(state.pop(k).shape)} given, {tuple(own[k].shape)} expected" for k in wrong]
             warnings.warn("Mismatched keys, left as they were:\n" + "\n".join(lines), stacklevel=2)
@@ -149,6 +150,11 @@ class LoadMixin:
     ) -> Mapping[str, Tensor]: # Tensors by their present names
         "Rename the tensors of old checkpoints; architectures with a past override it"
         return state_dict
+
+def _name_today(name: str, own: Mapping[str, Tensor]) -> str:
+    "A tensor of an encoder that SMP made of a timm model before version 0.4, without `model.` in its name"
+    path = name.removeprefix("encoder.")
+    return next((new for p in (path, path.replace("stages.", "stages_")) if (new := f"encoder.model.{p}") in own), name)
 
 # %% ../../nbs/core/02_model.ipynb #remember
 def _remembering(init):
