@@ -29,7 +29,8 @@ def main(names):
     if "--help" in names: return print(__doc__)
     if unknown := [n for n in names if n not in CHECKS]: raise SystemExit(f"no check {', '.join(unknown)}\n\n{__doc__}")
     env = os.environ | {"PATH": f"{Path(PYTHON).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two workers with two threads each on two cores: waiting threads must not spin
+    env.setdefault("OMP_NUM_THREADS", "1")  # two workers at a time: on two cores, more threads only wait for each other
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # and where a page asks for two, those that wait must not spin
     before, failed = tree(), []
     for name in names or CHECKS:
         what, command = CHECKS[name]
