@@ -8,6 +8,7 @@ __all__ = ['permissive', 'sweep_rows', 'list_encoders']
 # %% ../../nbs/encoders/90_catalog.ipynb #imports
 import csv
 import math
+import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -40,7 +41,9 @@ def _native_row(name):
     if key not in _native:
         row = {"name": name, "module": entry["encoder"].__module__.rpartition(".")[2], "kind": "native"}
         try:
-            with torch.device("meta"): encoder = get_encoder(name)
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # old names are listed, too
+                encoder = get_encoder(name)
             row |= {"parameters": sum(p.numel() for p in encoder.parameters()), "channels": ",".join(map(str, encoder.out_channels)), "ok": 1,
                     "strides": ",".join(str(2**i) for i, c in enumerate(encoder.out_channels) if i and c), "reason": ""}
         except Exception as error: row |= {"ok": 0, "reason": str(error)}
