@@ -111,18 +111,19 @@ def find_fit(
     strides: Sequence[int], # Strides of these maps
     size: tuple[int, int], # Size that the model was made for
 ) -> Fit: # The mildest form that works
-    "Try a model on images of several sizes"
+    "Try a model on images of several sizes, two for each form: some models answer to one by chance"
     powers = all(s & (s - 1) == 0 for s in strides)
     multiples = [max(strides)*k for k in (1, 2, 4, 8)] + [max(size)]
     for arguments in freeing:
         try: run = make(**dict(arguments))
         except TypeError: continue
-        if powers and _trial(run, strides, (33, 46)) == "exact": return Fit(arguments=arguments)
+        if powers and all(_trial(run, strides, s) == "exact" for s in ((33, 46), (97, 130))): return Fit(arguments=arguments)
         for m in multiples:
-            if _trial(run, strides, (m, 2*m)) == "exact": return Fit(m, stretch=not powers, arguments=arguments)
+            larger = tuple((n + m - 1)//m*m for n in (97, 130))
+            if all(_trial(run, strides, s) == "exact" for s in ((m, 2*m), larger)): return Fit(m, stretch=not powers, arguments=arguments)
     run = make()
     for least in (32, 64, 96, 128, 160):
-        if _trial(run, strides, (least, least + 14)) == "loose": return Fit(least=least, loose=True)
+        if all(_trial(run, strides, s) == "loose" for s in ((least, least + 14), (least + 65, least + 84))): return Fit(least=least, loose=True)
     return Fit(size=size)
 
 def _trial(run, strides, size):
