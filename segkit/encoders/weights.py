@@ -150,8 +150,8 @@ def unknown_tag(
     "Which tags there are"
     tags = list(tags)
     if not tags: return f"encoder {owner!r} offers no weights, so {tag!r} stands for nothing; pass encoder_weights=None, a file ({', '.join(suffixes)}) or a state dict"
-    hint = f"did you mean {close[0]!r}? " if (close := nearest(tag, tags, n=1)) else ""
-    return f"encoder {owner!r} has no weights {tag!r}; {hint}Its tags: {', '.join(map(repr, tags))}. A file ends in {', '.join(suffixes)}"
+    hint = f"; did you mean {close[0]!r}?" if (close := nearest(tag, tags, n=1)) else ""
+    return f"encoder {owner!r} has no weights {tag!r}{hint or '.'} Its tags: {', '.join(map(repr, tags))}. A file ends in {', '.join(suffixes)}"
 
 # %% ../../nbs/encoders/01_weights.ipynb #load
 def load_weights(
