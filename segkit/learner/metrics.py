@@ -10,11 +10,13 @@ __all__ = ['MASK_SCORES', 'OutputView', 'plain', 'flatten', 'OnOutput', 'mask_me
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from sklearn.metrics import f1_score
 from torch import Tensor
 
 from . import shims  # noqa: F401  first: it filters the warnings of fastai's import
 from fastai.learner import Learner, Metric, mk_metric
-from fastai.metrics import AccumMetric, accuracy
+from fastai.metrics import AccumMetric, accuracy, skm_to_fastai
 from fastai.torch_core import find_bs
 from ..core.registry import check_choice
 from .targets import Targets
@@ -157,13 +159,11 @@ class LossPart(Metric):
 
 # %% ../../nbs/learner/01_metrics.ipynb #defaults
 def label_f1(
-    pred: Tensor, # Logits `(n, labels)`
-    target: Tensor, # 0 and 1 `(n, labels)`
-) -> float: # Mean over the labels that occur
-    "F1 score of each label at threshold 0.5, averaged"
-    yes, true = pred > 0, target > 0
-    hits, wrong = (yes & true).sum(0).double(), (yes ^ true).sum(0)
-    return (2*hits/(2*hits + wrong)).nanmean().item()
+    true: np.ndarray, # 0 and 1 `(n, labels)`
+    pred: np.ndarray, # 0 and 1 `(n, labels)`
+) -> float: # Mean over the labels that occur in either
+    "scikit-learn's F1 score of each label, averaged"
+    return np.nanmean([f1_score(t, p, zero_division=np.nan) for t, p in zip(true.T, pred.T)])
 
 def default_metrics(
     task: Targets, # What there is to learn
@@ -171,5 +171,5 @@ def default_metrics(
     "What a learner reports unless told otherwise"
     metrics = [LossPart("mask_loss"), MaskScore("miou", task), MaskScore("dice", task)]
     if task.label is None: return metrics[1:]
-    label = accuracy if task.label == "multiclass" else AccumMetric(label_f1, flatten=False, name="f1")
+    label = accuracy if task.label == "multiclass" else skm_to_fastai(label_f1, thresh=.5, flatten=False, name="f1")
     return [metrics[0], LossPart("label_loss"), *metrics[1:], label_metric(label)]
