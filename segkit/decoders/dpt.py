@@ -147,7 +147,7 @@ class DPTDecoder(nn.Module):
         maps = [reassemble(project(f, p), s) for project, reassemble, f, p, s in
                 zip(self.projection_blocks, self.reassemble_blocks, features, prefix_tokens, sizes[1:])]
         x = None
-        for fuse, f, s in zip(self.fusion_blocks, reversed(maps), sizes[-2::-1]): x = fuse(f, x, s)
+        for fuse, s in zip(self.fusion_blocks, sizes[-2::-1]): x = fuse(maps.pop(), x, s)  # a map that was fused is not needed again
         return x
 
 # %% ../../nbs/decoders/11_dpt.ipynb #head

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..core.layers import Conv2dReLU, resize
+from ..core.layers import Conv2dReLU, conv_enlarged, doubles, repeating, resize
 from ..core.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .unet import check_widths
@@ -115,9 +115,10 @@ class FusionAttention(nn.Module):
         x: Tensor, # Map from below `(b, in_channels, h', w')`
         skip: Tensor, # Encoder's map `(b, skip_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        x = resize(self.hl_conv(x), skip.shape[-2:], self.interpolation_mode)
-        x = x*(self.SE_hl(x) + self.SE_ll(skip))
-        return self.conv2(self.conv1(torch.cat([x, skip], dim=1)))
+        x, size = self.hl_conv(x), skip.shape[-2:]
+        if not (self.interpolation_mode in repeating and doubles(x, size)): x = resize(x, size, self.interpolation_mode)
+        x = x*(self.SE_hl(x) + self.SE_ll(skip))  # repeating values changes no mean, so the gates may come before it
+        return self.conv2(conv_enlarged(self.conv1, x, size, skip, self.interpolation_mode))
 
 # %% ../../nbs/decoders/02_manet.ipynb #block
 class MAnetBlock(nn.Module):
@@ -137,7 +138,7 @@ class MAnetBlock(nn.Module):
         x: Tensor, # Map from below `(b, in_channels, h', w')`
         skip: Tensor, # Encoder's map `(b, c, h, w)`; only its size is used
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        return self.conv2(self.conv1(resize(x, skip.shape[-2:], self.interpolation_mode)))
+        return self.conv2(conv_enlarged(self.conv1, x, skip.shape[-2:], mode=self.interpolation_mode))
 
 # %% ../../nbs/decoders/02_manet.ipynb #decoder
 class MAnetDecoder(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn, Tensor
 
-from ..core.layers import Attention, Conv2dReLU, resize
+from ..core.layers import Attention, Conv2dReLU, conv_enlarged, resize
 from ..core.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
@@ -43,9 +43,9 @@ class UnetDecoderBlock(nn.Module):
         size: tuple[int, int], # Height and width of the result
         skip: Tensor | None = None, # Encoder's map `(b, skip_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        x = resize(x, size, self.interpolation_mode)
-        if skip is not None: x = self.attention1(torch.cat([x, skip], dim=1))
-        return self.attention2(self.conv2(self.conv1(x)))
+        if isinstance(self.attention1.attention, nn.Identity): x = conv_enlarged(self.conv1, x, size, skip, self.interpolation_mode)
+        else: x = self.conv1(self.attention1(torch.cat([resize(x, size, self.interpolation_mode), skip], dim=1)))
+        return self.attention2(self.conv2(x))
 
 # %% ../../nbs/decoders/00_unet.ipynb #decoder
 class UnetDecoder(nn.Module):

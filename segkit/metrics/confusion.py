@@ -40,10 +40,13 @@ def check_ignore(
                          "take the mean of the other classes' scores")
     return ignore_index
 
-# %% ../../nbs/metrics/00_confusion.ipynb #hide-void
-def _check_pred(pred, target, num_classes, ignore_index):
-    "`pred` with a valid label on void pixels, checked everywhere else"
-    low, high = torch.aminmax(pred)
+# %% ../../nbs/metrics/00_confusion.ipynb #check-pair
+def _checked(pred, target, num_classes, ignore_index):
+    "`pred` with a valid label on void pixels; raises where it or `target` holds a label that is none"
+    void = 0 if ignore_index is None else ignore_index
+    for label in (v.item() for v in torch.aminmax(target)):
+        if not min(0, void) <= label <= max(num_classes - 1, void): raise _strange_label("the target", label, num_classes, ignore_index)
+    low, high = (v.item() for v in torch.aminmax(pred))
     if low >= 0 and high < num_classes: return pred
     if ignore_index is not None: pred = torch.where(target == ignore_index, 0, pred)
     for label in torch.aminmax(pred):
@@ -51,22 +54,22 @@ def _check_pred(pred, target, num_classes, ignore_index):
     return pred
 
 # %% ../../nbs/metrics/00_confusion.ipynb #histograms
-def _at_once(pred, target, c, size, low):
+def _at_once(pred, target, c, ignore_index, size, low):
     "Histogram `(g, size)` of `c*(target - low) + pred` for each row, as one histogram with bins for every row"
     dtype = torch.int32 if len(target)*size < 2**31 else torch.int64
-    pairs = pred.to(dtype, copy=True).add_(target.to(dtype), alpha=c)
+    pairs = _checked(pred, target, c, ignore_index).to(dtype, copy=True).add_(target.to(dtype), alpha=c)
     pairs += torch.arange(len(target), dtype=dtype, device=target.device)[:, None]*size - low*c
     return torch.bincount(pairs.flatten(), minlength=len(target)*size).view(-1, size)
 
-def _in_pieces(pred, target, c, size, low, piece=2**17):
+def _in_pieces(pred, target, c, ignore_index, size, low, piece=2**17):
     "The same, row by row and piece by piece, in two buffers that are used again and again"
     counts = torch.zeros(len(target), size, dtype=torch.int64)
     buffers = torch.empty(2, min(piece, target.shape[1]), dtype=torch.int32 if size < 2**31 else torch.int64)
     for i in range(len(target)):
         for j in range(0, target.shape[1], piece):
-            labels = target[i, j:j+piece]
+            guesses, labels = pred[i, j:j+piece], target[i, j:j+piece]
             pairs, other = buffers[:, :len(labels)]
-            pairs.copy_(pred[i, j:j+piece]).add_(other.copy_(labels), alpha=c)
+            pairs.copy_(_checked(guesses, labels, c, ignore_index)).add_(other.copy_(labels), alpha=c)
             counts[i] += torch.bincount(pairs.sub_(low*c) if low else pairs, minlength=size)
     return counts
 
@@ -82,11 +85,8 @@ def count_pairs(
     void = 0 if check_ignore(ignore_index, c) is None else ignore_index
     if target.numel() == 0: return torch.zeros(g, c, c, dtype=torch.int64, device=target.device)
     low, high = min(0, void), max(c - 1, void)
-    for label in torch.aminmax(target):
-        if not low <= label <= high: raise _strange_label("the target", label, c, ignore_index)
-    pred = _check_pred(pred, target, c, ignore_index)
     count = _in_pieces if target.device.type == "cpu" else _at_once
-    counts = count(pred, target, c, (high - low + 1)*c, low).view(g, -1, c)  # a row for every label, void and impossible ones too
+    counts = count(pred, target, c, ignore_index, (high - low + 1)*c, low).view(g, -1, c)  # a row for every label, void and impossible ones too
     for label in [] if ignore_index is None else (counts.sum((0, 2)).nonzero().flatten() + low).tolist():
         if not 0 <= label < c and label != ignore_index: raise _strange_label("the target", label, c, ignore_index)
     return counts[:, -low:c-low]

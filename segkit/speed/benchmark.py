@@ -39,7 +39,6 @@ def multiply_adds(
     with FlopCounterMode(display=False) as counter: hollow(x.to("meta"))
     return counter.get_total_flops()//2
 
-@torch.no_grad()
 def peak_memory(
     run: Callable[[], Any], # What to run
     device: torch.device | str = "cpu", # Where it runs

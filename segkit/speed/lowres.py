@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.layers import resize
+from ..core.layers import doubles, doubling_kernel, known, resize
 from ..decoders.deeplabv3 import ASPP
 from ..decoders.deeplabv3plus import DeepLabV3PlusDecoder
 from ..decoders.dpt import DPT, DPTDecoder, DPTSegmentationHead, ReassembleBlock, ResidualConvBlock
@@ -26,8 +26,8 @@ from ..decoders.upernet import UPerNetDecoder
 from ..heads.segmentation import SegmentationHead
 from .fold import fold_norm, norms
 from .packed import PackedConv2d, PackedConvTranspose2d
-from .rewrites import Forms, doubles, known, rewrites
-from .upconv import doubling_kernel, part_of
+from .rewrites import Forms, rewrites
+from .upconv import part_of
 
 # %% ../../nbs/speed/05_lowres.ipynb #split
 class SplitConv(nn.Module):
@@ -498,9 +498,11 @@ class ComposedDPT(nn.Module):
         maps = [reassemble(project(f, p), s) for project, reassemble, f, p, s in
                 zip(self.projection_blocks, self.reassemble_blocks, features, prefix_tokens, sizes[1:])]
         x = None
-        for fuse, f, s in zip(self.fusion_blocks, maps[:0:-1], sizes[-2:0:-1]): x = fuse(f, x, s)
-        y = self.last[0](maps[0])
-        return self.finish(self.last[1](y if x is None else y + x), sizes[0])
+        for fuse, s in zip(self.fusion_blocks, sizes[-2:0:-1]): x = fuse(maps.pop(), x, s)  # a map that was fused is not needed again
+        y = self.last[0](maps.pop())
+        if x is not None: y, x = y + x, None
+        y = self.last[1](y)
+        return self.finish(y, sizes[0])
 
 class _Resized(nn.Module):
     "Enlargement and activation of a DPT head"
