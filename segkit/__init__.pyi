@@ -1,3 +1,4 @@
+from . import base as base
 from . import core as core
 from . import data as data
 from . import decoders as decoders
