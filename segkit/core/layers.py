@@ -147,6 +147,7 @@ def conv_enlarged(
     mode: str = "nearest", # Mode of `F.interpolate`
 ) -> Tensor: # Map `(b, c'', h, w)`
     "Enlarge, concatenate, apply `layers`: without the enlarged and the concatenated map where that pays"
+    if getattr(layers, "enlarges", False): return layers(x, size, beside)  # a fused model has layers that do it all
     conv, *rest = layers
     if not (_pays(layers, conv, x) and mode in repeating and doubles(x, size)):
         x = resize(x, size, mode)
