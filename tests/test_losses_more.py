@@ -166,8 +166,8 @@ def test_mcc_refuses_logits_as_probabilities():
 @pytest.mark.parametrize("margin", [0, 9])
 @pytest.mark.parametrize("void", [None, 255])
 def test_long_rows_equal_the_plain_form(margin, void):
-    """Rows of 4,096 pixels and more are ranked one by one, without the alarms below the smallest miss."""
-    logits, target = data("multiclass", (64, 64), b=2, c=5, dtype=torch.float64)
+    """Rows of 16,384 pixels and more are ranked one by one, without the alarms below the smallest miss."""
+    logits, target = data("multiclass", (128, 128), b=2, c=5, dtype=torch.float64)
     target[target == 3] = 1
     logits = logits.scatter_add(1, target[:, None], torch.full_like(logits[:, :1], margin))
     if void: target[:, :9] = void
