@@ -67,7 +67,7 @@ def test_an_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch):
     assert torch.equal(segkit.from_pretrained(tmp_path).predict(x), first.predict(x))
 
 
-def test_push_to_hub_uploads_the_folder(monkeypatch):
+def test_push_to_hub_uploads_the_folder(monkeypatch, tmp_path):
     seen = {}
     class Api:
         def __init__(self, token=None): seen["token"] = token
@@ -77,14 +77,21 @@ def test_push_to_hub_uploads_the_folder(monkeypatch):
             seen.update(repo_id=repo_id, files=sorted(p.name for p in Path(folder_path).iterdir()))
             return "https://example.com"
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    segkit.Unet("resnet18", 1, None, decoder_channels=(8,)).push_to_hub("net", private=True, token="t")
+    model = segkit.Unet("resnet18", 1, None, decoder_channels=(8,))
+    model.push_to_hub("net", private=True, token="t")
     assert seen == {"token": "t", "private": True, "repo_id": "me/net", "files": ["README.md", "config.json", "model.safetensors", "preprocessing.json"]}
+    model.save_pretrained(tmp_path/"mine", push_to_hub=True)
+    assert (seen["repo_id"], seen["private"]) == ("me/mine", None)
+    model.save_pretrained(tmp_path/"mine", push_to_hub=True, repo_id="net", private=True, token="u")
+    assert (seen["repo_id"], seen["private"], seen["token"]) == ("me/net", True, "u")
 
 
 def test_errors(tmp_path):
     with pytest.raises(OSError, match="there is no such folder"): segkit.from_pretrained("nobody/nothing", local_files_only=True)
     with pytest.raises(FileNotFoundError, match="has no config.json"): segkit.from_pretrained(tmp_path)
-    segkit.Unet("resnet18", 1, None, decoder_channels=(8,)).save_pretrained(tmp_path)
+    model = segkit.Unet("resnet18", 1, None, decoder_channels=(8,))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'clas_names'"): model.save_pretrained(tmp_path, clas_names=["sky"])
     with pytest.raises(ValueError, match="holds a Unet, not a FPN"): segkit.FPN.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match="did you mean 'classes'"): segkit.from_pretrained(tmp_path, clases=3)
     config = json.loads((tmp_path/"config.json").read_text())

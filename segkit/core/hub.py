@@ -115,7 +115,9 @@ class HubMixin:
         dataset: str | None = None, # Name of the data set, for the model card
         metrics: Mapping[str, Any] | None = None, # Scores, for the model card
         push_to_hub: bool = False, # Upload the folder, too
-        **kwargs, # Arguments of `push_to_hub`
+        repo_id: str | None = None, # Repository to upload to; the folder's name if None
+        private: bool | None = None, # Whether only you can see the upload
+        token: str | None = None, # Access token for the upload; by default that of the login
     ) -> Path: # The folder
         "Write weights, arguments, preprocessing and a model card"
         from safetensors.torch import save
@@ -127,7 +129,7 @@ class HubMixin:
         _write(folder/"preprocessing.json", _json(facts))
         _write(folder/"README.md", model_card(config, dataset, metrics).encode())
         _write(folder/"config.json", _json(config))
-        if push_to_hub: upload(folder, **{"repo_id": folder.name} | kwargs)
+        if push_to_hub: upload(folder, repo_id or folder.name, private, token)
         return folder
 
     def push_to_hub(self,

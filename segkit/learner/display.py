@@ -152,19 +152,19 @@ def show_masks(
 # %% ../../nbs/learner/02_display.ipynb #dispatch
 shims.repair_show_results()
 
-def _show_batch(x, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+def _show_batch(samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
     return show_masks(samples, ctxs, max_n, nrows, ncols, figsize)
 
 @dispatch
-def show_batch(x: TensorImage, y: TensorMask, samples, ctxs=None, max_n=9, **kwargs): return _show_batch(x, y, samples, ctxs, max_n, **kwargs)
+def show_batch(x: TensorImage, y: TensorMask, samples, ctxs=None, max_n=9, **kwargs): return _show_batch(samples, ctxs, max_n, **kwargs)
 
 @dispatch
 def show_batch(x: TensorImage, y: tuple[TensorMask, TensorCategory], samples, ctxs=None, max_n=9, **kwargs):
-    return _show_batch(x, y, samples, ctxs, max_n, **kwargs)
+    return _show_batch(samples, ctxs, max_n, **kwargs)
 
 @dispatch
 def show_batch(x: TensorImage, y: tuple[TensorMask, TensorMultiCategory], samples, ctxs=None, max_n=9, **kwargs):
-    return _show_batch(x, y, samples, ctxs, max_n, **kwargs)
+    return _show_batch(samples, ctxs, max_n, **kwargs)
 
 @dispatch
 def show_results(x: TensorImage, y: tuple[TensorMask, TensorCategory], samples, outs, ctxs=None, max_n=4, **kwargs):

@@ -80,14 +80,17 @@ class Watch(Callback):
         if values and all(v.shape == (len(mask),) for v in values.values()): self.parts.append({k: v.cpu() for k, v in values.items()})
 
 # %% ../../nbs/learner/05_interpret.ipynb #classes
-def _names(task): return [str(c) for c in (task.codes or range(task.classes))][:task.values] if task.mask != "binary" else [str((task.codes or ["no", "yes"])[-1])]
+def _names(task):
+    "Names of the mask's values; a single code is that of the figure in a binary mask"
+    codes = [str(c) for c in task.codes or (["no", "yes"] if task.mask == "binary" else range(task.values))]
+    return (["background", *codes] if task.mask == "binary" and len(codes) == 1 else codes)[:task.values]
 
 def per_class_iou(self: SegmentationInterpretation) -> pd.DataFrame: # One row for each class, and their means
     "Share of pixels, IoU, Dice, precision and recall of each class over all pixels"
     m = self.matrix
     tp, _, fn, tn = m.stats()
     share = (tp + fn).double()/(m.counts.sum().item() if m.mode != "multilabel" else m.counts[0].sum().item())
-    table = pd.DataFrame({"share": share, "iou": m.iou(), "dice": m.dice(), "precision": m.precision(), "recall": m.recall()}, index=_names(self.task))
+    table = pd.DataFrame({"share": share, "iou": m.iou(), "dice": m.dice(), "precision": m.precision(), "recall": m.recall()}, index=_names(self.task)[-self.task.classes:])
     table.loc["mean"] = table.mean()
     table.loc["mean", "share"] = np.nan
     return table
@@ -106,7 +109,7 @@ def plot_confusion_matrix(self: SegmentationInterpretation,
 ) -> Figure: # True classes in rows
     "What each class is taken for"
     counts = confusion_matrix_of(self)
-    names = _names(self.task) if len(counts) == len(_names(self.task)) else [str(c) for c in self.task.codes or ["no", "yes"]]
+    names = _names(self.task)
     shown = counts/np.maximum(counts.sum(1, keepdims=True), 1) if normalize else counts
     side = size*len(names) + 1.6
     fig, ax = plt.subplots(figsize=(side, side), layout="constrained")
@@ -123,7 +126,7 @@ def most_confused(self: SegmentationInterpretation,
 ) -> list[tuple[str, str, int, float]]: # True class, predicted class, pixels, share of the true class
     "The largest confusions, by number of pixels"
     counts = confusion_matrix_of(self)
-    names = [str(c) for c in self.task.codes or range(len(counts))]
+    names = _names(self.task)
     found = [(names[i], names[j], int(counts[i, j]), counts[i, j]/counts[i].sum()) for i, j in zip(*np.nonzero(counts)) if i != j]
     return sorted(found, key=lambda row: -row[2])[:k]
 

@@ -32,7 +32,7 @@ from fasttransform import Pipeline
 from fasttransform.cast import retain_type
 from ..core.registry import architectures, check_keywords, did_you_mean
 from ..encoders.preprocessing import get_preprocessing_params, unit_statistics
-from .callbacks import CheckTargets, FreezeBatchNorm, GuardMixing
+from .callbacks import RECORDED, CheckLoss, CheckTargets, FreezeBatchNorm, GuardMixing
 from .display import show_predictions
 from .distributed import several_processes
 from .metrics import default_metrics
@@ -40,6 +40,7 @@ from .splitter import CheckedSplitter, segmentation_splitter, unwrap
 from .targets import Targets, check_items, read_targets
 from .tiles import tiled
 from .views import View, ViewsModel, to_probs
+from ..losses.distribution import SoftBCEWithLogitsLoss
 from ..losses.multitask import MultiTaskLoss, SumLoss, Task
 from ..losses.region import DiceLoss
 
@@ -62,7 +63,7 @@ class SegmentationLearner(Learner):
     ):
         self.task, self.first_epoch = task or read_targets(dls), 0
         super().__init__(dls, model, *args, **kwargs)
-        self.add_cbs([FreezeBatchNorm(), GuardMixing(), CheckTargets(self.task)])
+        self.add_cbs([FreezeBatchNorm(), GuardMixing(), CheckTargets(self.task), CheckLoss()])
 
     def _do_fit(self):
         first, self.first_epoch = self.first_epoch, 0
@@ -120,9 +121,8 @@ def kept_history(
     learn: Learner, # Learner that is about to predict
 ) -> Iterator[None]:
     "A context after which the recorder holds what it held before"
-    names = ("lrs", "iters", "losses", "values")
     recorder = getattr(learn, "recorder", None)
-    old = {n: getattr(recorder, n) for n in names if hasattr(recorder, n)}
+    old = {n: getattr(recorder, n) for n in RECORDED if hasattr(recorder, n)}
     try: yield
     finally: vars(recorder or learn).update(old)
 
@@ -148,11 +148,10 @@ def resolve(
 ) -> Callable | nn.Module: # Class, or the built model
     "What `arch` stands for"
     if not isinstance(arch, str): return arch
-    classes = dict(architectures.items()) | {cls.__name__: cls for cls in architectures.values()}
-    if arch not in classes:
-        hint = did_you_mean(arch, [name for name in classes if name[:1].isupper()])
+    if arch.lower() not in architectures:
+        hint = did_you_mean(arch, [cls.__name__ for cls in architectures.values()])
         raise ValueError(f"there is no architecture {arch!r} ({hint}); a class or a built model will do as well")
-    return classes[arch]
+    return architectures[arch.lower()]
 
 # %% ../../nbs/learner/03_learner.ipynb #build
 def build(
@@ -230,9 +229,7 @@ def default_loss(
     skip = {} if targets.ignore_index is None else {"ignore_index": targets.ignore_index}
     if targets.mask == "multiclass": ce = nn.CrossEntropyLoss(**skip)
     elif not skip: ce = nn.BCEWithLogitsLoss()
-    else:
-        from segkit.losses.distribution import SoftBCEWithLogitsLoss
-        ce = SoftBCEWithLogitsLoss(**skip)
+    else: ce = SoftBCEWithLogitsLoss(**skip)
     mask = SumLoss(ce=ce, dice=DiceLoss(targets.mask, **skip))
     label = {None: None, "multiclass": nn.CrossEntropyLoss(), "multilabel": nn.BCEWithLogitsLoss()}[targets.label]
     return MultiTaskLoss(mask, label, label_weight, mask_mode=targets.mask, label_mode=targets.label)

@@ -14,7 +14,7 @@ HIDDEN = {  # message -> (category, reason)
     r".*mode\.chained_assignment": (Warning, "fastai.tabular sets it at import; deprecated in pandas 3"),
     r".*numpy\.core.*": (DeprecationWarning, "fastai's `load_model` names numpy.core; deprecated in numpy 2"),
     r".*__array__.*copy.*": (DeprecationWarning, "fastai's pictures and tensors lack numpy 2's `copy` argument"),
-    r"load_learner` uses Python's insecure pickle.*": (UserWarning, "said in the documentation of `SegmentationLearner.export`"),
+    r"load_learner` uses Python's insecure pickle.*": (UserWarning, "said in the limits of the page on the learner"),
     r"Mean of empty slice": (RuntimeWarning, "fastai's own mask metrics, asked for a value before any batch"),
     r"Setting `.*` is shadowing|.*shadowing.*modules.*": (UserWarning, "fastai's `ActivationStats` has an attribute `modules`"),
     r".*CUDA is? ?not available.*[Dd]isabling.*": (UserWarning, "fastai's mixed precision asks for CUDA's autocast on any machine"),

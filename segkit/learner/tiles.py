@@ -49,7 +49,7 @@ def tiled(
                 if band is None: band = probs.new_zeros(len(probs), h, width)
                 band[..., x:x+w] += probs*window.to(probs)
                 weight[:, x:x+w] += window
-        done = min(following - y, h)
+        done = following - y
         yield band[:, :done]/weight[:done].to(band)
         band = torch.cat([band[:, done:], torch.zeros_like(band[:, :done])], 1)
         weight = torch.cat([weight[done:], torch.zeros_like(weight[:done])])
