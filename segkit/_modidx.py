@@ -552,6 +552,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'segkit/decoders/unetplusplus.py'),
                                               'segkit.decoders.unetplusplus.Grid.nodes': ( 'decoders/unetplusplus.html#grid.nodes',
                                                                                            'segkit/decoders/unetplusplus.py'),
+                                              'segkit.decoders.unetplusplus.Grid.order': ( 'decoders/unetplusplus.html#grid.order',
+                                                                                           'segkit/decoders/unetplusplus.py'),
                                               'segkit.decoders.unetplusplus.Grid.width': ( 'decoders/unetplusplus.html#grid.width',
                                                                                            'segkit/decoders/unetplusplus.py'),
                                               'segkit.decoders.unetplusplus.UnetPlusPlus': ( 'decoders/unetplusplus.html#unetplusplus',
