@@ -2025,7 +2025,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'segkit/speed/profiling.py'),
                                         'segkit.speed.profiling._Live.__torch_dispatch__': ( 'speed/profiling.html#_live.__torch_dispatch__',
                                                                                              'segkit/speed/profiling.py'),
-                                        'segkit.speed.profiling._bars': ('speed/profiling.html#_bars', 'segkit/speed/profiling.py'),
                                         'segkit.speed.profiling._counts': ('speed/profiling.html#_counts', 'segkit/speed/profiling.py'),
                                         'segkit.speed.profiling._first': ('speed/profiling.html#_first', 'segkit/speed/profiling.py'),
                                         'segkit.speed.profiling._gauge': ('speed/profiling.html#_gauge', 'segkit/speed/profiling.py'),
