@@ -2050,6 +2050,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'segkit/speed/rewrites.py'),
                                        'segkit.speed.rewrites.Rewrites.register': ( 'speed/rewrites.html#rewrites.register',
                                                                                     'segkit/speed/rewrites.py'),
+                                       'segkit.speed.rewrites._waiting': ('speed/rewrites.html#_waiting', 'segkit/speed/rewrites.py'),
                                        'segkit.speed.rewrites.race': ('speed/rewrites.html#race', 'segkit/speed/rewrites.py'),
                                        'segkit.speed.rewrites.settle': ('speed/rewrites.html#settle', 'segkit/speed/rewrites.py')},
             'segkit.speed.upconv': { 'segkit.speed.upconv.GatedUpsample': ('speed/upconv.html#gatedupsample', 'segkit/speed/upconv.py'),

@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .rewrites import _waiting
 from ..vis.costs import _bars, _Meter, _Payers, _short, Cost, cost
 from ..vis.pictures import table
 from ..vis.wiring import _image, _memory, _record, _tensors
@@ -32,7 +33,7 @@ class _Clock(TorchDispatchMode):
     def __init__(self, device: torch.device):
         super().__init__()
         self.seconds = 0.
-        self.wait = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
+        self.wait = _waiting(device)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.wait()
