@@ -144,12 +144,12 @@ class UnetPlusPlus(SegmentationModel):
     ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor]: # Mask `(b, classes, h, w)`, or with deep supervision a list of them; and a label
         check_images(x, self.encoder.in_channels)
         features = self.encoder(pad_to_multiple(x, 2**self.decoder.grid.depth))  # also in a sub-network: its numbers are those of the whole
-        deep = self.training and len(self.deep_heads) > 0
+        deep, deepest = self.training and len(self.deep_heads) > 0, features[-1]
         decoded = self.decoder(features, all_levels=True) if deep else self.decoder(features)
-        features = features[-1:]  # the finer maps need not outlive the decoder
+        del features  # the finer maps need not outlive the decoder
         if deep: mask = [self.crop(head(m), *x.shape[-2:]) for head, m in zip([self.segmentation_head, *self.deep_heads], decoded, strict=True)]
         else: mask = self.crop(self.segmentation_head(decoded), *x.shape[-2:])
-        return mask if self.classification_head is None else (mask, self.classification_head(features[-1]))
+        return mask if self.classification_head is None else (mask, self.classification_head(deepest))
 
     def prune(self,
         level: int, # Level to keep, 1 the shallowest
