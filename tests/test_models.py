@@ -1,6 +1,7 @@
 """What must hold for every architecture in the table, whatever it is called."""
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -38,6 +39,15 @@ def test_trains_on_a_batch_of_one(arch):
 
 @sized
 def test_every_parameter_gets_a_gradient(arch): assert without_gradient(build(arch, aux_params=AUX)) == []
+
+
+@sized
+def test_finer_maps_are_gone_when_the_head_runs(arch):
+    model, maps, left = build(arch).eval(), [], []
+    model.encoder.register_forward_hook(lambda module, args, features: maps.extend(weakref.ref(f.untyped_storage()) for f in features[1:-1]))
+    model.segmentation_head.register_forward_pre_hook(lambda module, args: left.extend(m for m in maps if m() is not None))
+    with torch.no_grad(): model(torch.randn(1, 3, 64, 64))
+    assert maps and not left
 
 
 @sized

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['norms', 'repeating', 'activations', 'LayerNorm2d', 'BatchNorm2d', 'InstanceNorm2d', 'get_norm_layer', 'Conv2dReLU',
            'resize', 'known', 'doubles', 'doubling_kernel', 'conv_enlarged', 'ArgMax', 'Clamp', 'Activation',
-           'SCSEModule', 'Attention', 'initialize_decoder', 'initialize_head']
+           'channel_gate', 'SCSEModule', 'Attention', 'initialize_decoder', 'initialize_head']
 
 # %% ../../nbs/core/01_layers.ipynb #imports
 from collections.abc import Callable, Mapping
@@ -218,6 +218,16 @@ class Activation(nn.Module):
     ) -> Tensor: # What the activation makes of them
         return self.activation(x)
 
+# %% ../../nbs/core/01_layers.ipynb #channel-gate
+def channel_gate(
+    channels: int, # Channels of the map
+    reduction: int = 16, # How much narrower the network is in the middle
+) -> nn.Sequential: # From a map `(b, channels, h, w)` to weights between 0 and 1, `(b, channels, 1, 1)`
+    "[Squeeze and excitation](https://arxiv.org/abs/1709.01507) (Hu et al., 2018), without the multiplication"
+    middle = max(1, channels//reduction)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, middle, 1), nn.ReLU(inplace=True),
+                         nn.Conv2d(middle, channels, 1), nn.Sigmoid())
+
 # %% ../../nbs/core/01_layers.ipynb #scse
 class SCSEModule(nn.Module):
     "[Concurrent spatial and channel squeeze and excitation](https://arxiv.org/abs/1803.02579) (Roy et al., 2018)"
@@ -226,9 +236,7 @@ class SCSEModule(nn.Module):
         reduction: int = 16, # How much narrower the channel network is in the middle
     ):
         super().__init__()
-        middle = max(1, in_channels//reduction)
-        self.cSE = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, middle, 1), nn.ReLU(inplace=True),
-                                 nn.Conv2d(middle, in_channels, 1), nn.Sigmoid())
+        self.cSE = channel_gate(in_channels, reduction)
         self.sSE = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Sigmoid())
 
     def forward(self,

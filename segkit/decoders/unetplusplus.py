@@ -50,6 +50,10 @@ class Grid:
         first = self.levels - level
         return [(d, l) for l in range(first, self.row + 1) for d in range(first, l + 1)]
 
+    def order(self, level: int) -> list[tuple[int, int]]:
+        "The same nodes in the order of computation: row by row from the deepest, left before right"
+        return sorted(self.nodes(level), key=lambda node: (node[1], -node[0]))
+
     def ends(self, level: int) -> list[tuple[int, int]]:
         "Nodes that carry the masks of `level` and all below, deepest sub-network first"
         return [(0, self.depth - 1) if i == self.levels else (self.levels - i, self.row) for i in range(level, 0, -1)]
@@ -85,7 +89,7 @@ class UnetPlusPlusDecoder(nn.Module):
         all_levels: bool = False, # Whether to return the map of each level
     ) -> Tensor | list[Tensor]: # Map `(b, out_channels, h/stride, w/stride)`, or such a map for each level, the deepest sub-network first
         depth, made = self.grid.depth, {}
-        for d, l in sorted(self.grid.nodes(self.level), key=lambda node: (node[1], -node[0])):  # left before right
+        for d, l in self.grid.order(self.level):
             stage = depth - 1 - l
             below = made[d, l - 1] if l > d else features[depth - d]
             beside = [made[i, l] for i in range(d + 1, l + 1) if (i, l) in made]
@@ -140,11 +144,12 @@ class UnetPlusPlus(SegmentationModel):
     ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor]: # Mask `(b, classes, h, w)`, or with deep supervision a list of them; and a label
         check_images(x, self.encoder.in_channels)
         features = self.encoder(pad_to_multiple(x, 2**self.decoder.grid.depth))  # also in a sub-network: its numbers are those of the whole
-        if self.training and self.deep_heads:
-            maps = self.decoder(features, all_levels=True)
-            mask = [self.crop(head(m), *x.shape[-2:]) for head, m in zip([self.segmentation_head, *self.deep_heads], maps, strict=True)]
-        else: mask = self.crop(self.segmentation_head(self.decoder(features)), *x.shape[-2:])
-        return mask if self.classification_head is None else (mask, self.classification_head(features[-1]))
+        deep, deepest = self.training and len(self.deep_heads) > 0, features[-1]
+        decoded = self.decoder(features, all_levels=True) if deep else self.decoder(features)
+        del features  # the finer maps need not outlive the decoder
+        if deep: mask = [self.crop(head(m), *x.shape[-2:]) for head, m in zip([self.segmentation_head, *self.deep_heads], decoded, strict=True)]
+        else: mask = self.crop(self.segmentation_head(decoded), *x.shape[-2:])
+        return mask if self.classification_head is None else (mask, self.classification_head(deepest))
 
     def prune(self,
         level: int, # Level to keep, 1 the shallowest

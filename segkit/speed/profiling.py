@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..vis.costs import _COLORS, Cost, _Meter, _Payers, _short, cost
-from ..vis.pictures import STYLE, show, table
+from .rewrites import _waiting
+from ..vis.costs import _bars, _Meter, _Payers, _short, Cost, cost
+from ..vis.pictures import table
 from ..vis.wiring import _image, _memory, _record, _tensors
 
 if TYPE_CHECKING: from IPython.display import Image, Markdown
@@ -33,7 +33,7 @@ class _Clock(TorchDispatchMode):
     def __init__(self, device: torch.device):
         super().__init__()
         self.seconds = 0.
-        self.wait = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
+        self.wait = _waiting(device)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.wait()
@@ -107,33 +107,16 @@ class Profile:
 
     def plot(self) -> "Image": # Picture for the notebook
         "Bars: the share of each part in the work, the time and the memory that training keeps"
-        return _bars(self)
+        parts = list(self.parts.values())
+        return _bars(parts, {"multiply-adds": ([p.multiply_adds for p in parts], _short),
+                             "time": ([p.seconds for p in parts], lambda s: f"{s*1e3:.3g} ms"),
+                             "kept for the gradient": ([p.kept for p in parts], lambda n: f"{n/2**20:.3g} MiB")}, shares=True)
 
 # %% ../../nbs/speed/10_profiling.ipynb #sum
 def _sum(name: str, group: str, parts: Sequence[PartProfile]) -> PartProfile:
     "Parts taken together: what they use at one moment is not added"
     added = {k: sum(getattr(p, k) for p in parts) for k in ("parameters", "multiply_adds", "seconds", "kept")}
     return PartProfile(name, group, live=max((p.live for p in parts), default=0), **added)
-
-# %% ../../nbs/speed/10_profiling.ipynb #bars
-def _bars(profile: Profile) -> "Image":
-    "Three panels on the same rows"
-    parts = list(profile.parts.values())
-    names = [p.name.removeprefix("decoder.").replace("_head", " head") for p in parts]
-    panels = {"multiply-adds": ([p.multiply_adds for p in parts], _short), "time": ([p.seconds for p in parts], lambda s: f"{s*1e3:.3g} ms"),
-              "kept for the gradient": ([p.kept for p in parts], lambda n: f"{n/2**20:.3g} MiB")}
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 3, figsize=(8.4, .21*len(parts) + .5), sharey=True)
-        for ax, (title, (values, text)) in zip(axes, panels.items(), strict=True):
-            total = sum(values) or 1
-            bars = ax.barh(range(len(parts)), values, color=[_COLORS[p.group] for p in parts], tick_label=names)
-            ax.bar_label(bars, [f"{v/total:.0%}" if v else "0" for v in values], padding=3, fontsize=8)
-            ax.set(title=f"{title}: {text(sum(values))}", xlim=(0, max([*values, 1e-12])*1.3), xticks=[])
-            ax.spines["bottom"].set_visible(False)
-            ax.tick_params(length=0)
-        axes[0].invert_yaxis()
-        fig.tight_layout()
-    return show(fig)
 
 # %% ../../nbs/speed/10_profiling.ipynb #gauged
 class _Gauged(_Meter):

@@ -90,13 +90,17 @@ class Choice:
     chosen: str # Name of the form
     times: dict[str, float] # Median seconds of each form; empty when a rule chose
 
+def _waiting(device: torch.device | str) -> Callable[[], None]:
+    "A function that returns when the device has finished all that it was given"
+    return (lambda: None) if torch.device(device).type in ("cpu", "meta") else partial(torch.accelerator.synchronize, device)
+
 def race(
     runs: Mapping[str, Callable[[], Any]], # Name -> what to run
     seconds: float = .3, # Time to spend, at least three rounds
     device: torch.device | str = "cpu", # Device to wait for before the clock is read
 ) -> dict[str, float]: # Name -> median seconds
     "Let several functions take turns, and time each"
-    wait = (lambda: torch.accelerator.synchronize(device)) if torch.device(device).type != "cpu" else (lambda: None)
+    wait = _waiting(device)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values(): run()
     wait()

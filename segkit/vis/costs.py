@@ -7,8 +7,9 @@ __all__ = ['Bill', 'Cost', 'cost']
 
 # %% ../../nbs/vis/03_costs.ipynb #imports
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -94,23 +95,26 @@ class Cost:
 
     def plot(self) -> "Image": # Picture for the notebook
         "Bars: the share of each part in the weights and in the work"
-        return _bars(self)
+        bills = list(self.bills.values())
+        return _bars(bills, {"parameters": ([b.parameters for b in bills], _short), "multiply-adds": ([b.multiply_adds for b in bills], _short)})
 
 # %% ../../nbs/vis/03_costs.ipynb #bars
 _COLORS = {"encoder": "#9fc5e8", "decoder": "#f9cb9c", "parts": "#f9cb9c", "heads": "#bbbbbb", "other": "#dddddd"}
 
-def _bars(cost: Cost) -> "Image":
-    "A panel for the weights and one for the work, on the same rows"
-    bills = list(cost.bills.values())
-    names = [b.name.removeprefix("decoder.").replace("_head", " head") for b in bills]
+def _bars(
+    parts: Sequence[Any], # What has a `name` and a `group`
+    panels: Mapping[str, tuple[Sequence[float], Callable[[float], str]]], # Title -> a number for each part, and how to write one
+    shares: bool = False, # Write only the shares beside the bars
+) -> "Image": # Picture for the notebook
+    "A panel of bars for each title, on the same rows"
+    names = [p.name.removeprefix("decoder.").replace("_head", " head") for p in parts]
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 2, figsize=(8.4, .21*len(bills) + .5), sharey=True)
-        numbers = [b.parameters for b in bills], [b.multiply_adds for b in bills]
-        for ax, values, title in zip(axes, numbers, ("parameters", "multiply-adds"), strict=True):
-            total = max(sum(values), 1)
-            bars = ax.barh(range(len(bills)), values, color=[_COLORS[b.group] for b in bills], tick_label=names)
-            ax.bar_label(bars, [f"{_short(v)} ({v/total:.0%})" if v else "0" for v in values], padding=3, fontsize=8)
-            ax.set(title=f"{title}: {_short(sum(values))}", xlim=(0, max(values + [1])*1.4), xticks=[])
+        fig, axes = plt.subplots(1, len(panels), figsize=(8.4, .21*len(parts) + .5), sharey=True)
+        for ax, (title, (values, text)) in zip(axes, panels.items(), strict=True):
+            total = sum(values) or 1
+            bars = ax.barh(range(len(parts)), values, color=[_COLORS[p.group] for p in parts], tick_label=names)
+            ax.bar_label(bars, [f"{v/total:.0%}" if v and shares else f"{text(v)} ({v/total:.0%})" if v else "0" for v in values], padding=3, fontsize=8)
+            ax.set(title=f"{title}: {text(sum(values))}", xlim=(0, (max(values, default=0) or 1)*1.4), xticks=[])
             ax.spines["bottom"].set_visible(False)
             ax.tick_params(length=0)
         axes[0].invert_yaxis()
