@@ -96,6 +96,7 @@ CASES = [*((arch, {}) for arch in sorted(architectures)),
          ("upernet", dict(decoder_use_norm="groupnorm", encoder_depth=4)), ("upernet", dict(encoder="mit_b0")),
          ("segformer", dict(encoder="mit_b0")), ("segformer", dict(encoder_depth=3)), ("dpt", dict(decoder_readout="add")), ("dpt", dict(decoder_readout="ignore")),
          ("unet", dict(encoder="tu-densenet121")), ("fpn", dict(encoder="tu-convnext_atto")), ("segformer", dict(encoder="tu-mobilenetv3_small_050")),
+         *((arch, dict(decoder_interpolation=mode)) for arch in ("segformer", "pspnet", "upernet", "manet") for mode in ("nearest", "bicubic", "area")),
          ("unet", dict(encoder="tu-resnet10t", in_channels=1)), ("linknet", dict(encoder="tu-mobileone_s0")), ("fpn", dict(encoder="tu-resnet50", encoder_depth=3))]
 
 
@@ -193,3 +194,31 @@ def test_a_wrong_rewrite_is_refused(monkeypatch):
     monkeypatch.setitem(rewrites.table, LinknetBlock, lambda block, x, skip=None: block.block)  # forgets the skip
     monkeypatch.setattr(nn.Sequential, "forward", lambda self, x, *ignored: [x := m(x) for m in self][-1] if len(self) else x)
     with pytest.raises(RuntimeError, match="differs from the original"): fuse(build("linknet"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "densenet121", "se_resnet50", "dpn68", "efficientnet-b0", "timm-efficientnet-b0", "mobilenet_v2",
+                                  "mobileone_s0", "tu-resnet18", "tu-convnext_atto"])
+def test_unread_maps_are_not_kept(name):
+    "An FPN reads no map of stride 2: a fused encoder hands out its size, and the masks stay what they were"
+    model = build("fpn", name)
+    fused, x = fuse(model), torch.randn(2, 3, 64, 96)
+    first, kept = (m.encoder(x)[1].shape for m in (fused.model, model))
+    assert (first[1], first[2:], kept[1]) == (0, (32, 48), model.encoder.out_channels[1])
+    assert_equal(outputs(fused, x), outputs(model, x), 1e-4)
+
+
+def test_batches_in_pieces(models):
+    "Images one, two or four at a time give what the whole batch gives, masks and labels"
+    _, fused = models("unet")
+    x, fused = torch.randn(5, 3, 64, 96), copy.deepcopy(fused)
+    expected = outputs(fused, x)
+    for n in (1, 2, 4, 5, 9):
+        fused.at_once = n
+        assert_equal(outputs(fused, x), expected, 1e-5)
+
+
+def test_the_race_offers_pieces(models):
+    "With a batch as an example there is a row for its size; with one image there is not"
+    model, _ = models("linknet")
+    parts = [[choice.part for choice in fuse(model, torch.randn(b, 3, 64, 64)).choices] for b in (3, 1)]
+    assert ["images at a time" in p for p in parts] == [True, False]

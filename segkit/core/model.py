@@ -214,9 +214,10 @@ class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, nn.Module):
         check_images(x, self.encoder.in_channels)
         pad = pad_to_multiple if self.requires_divisible_input_shape else pad_to_least
         features = self.encoder(pad(x, self.encoder.output_stride))
-        decoded, features = self.decoder(features), features[-1:]  # the finer maps need not outlive the decoder
+        deepest, decoded = features[-1], self.decoder(features)
+        del features  # the finer maps need not outlive the decoder
         mask = self.crop(self.segmentation_head(decoded), *x.shape[-2:])
-        return mask if self.classification_head is None else (mask, self.classification_head(features[-1]))
+        return mask if self.classification_head is None else (mask, self.classification_head(deepest))
 
     def crop(self,
         mask: Tensor, # Mask of the padded image

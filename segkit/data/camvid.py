@@ -16,8 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from .archive import Archive, download
-from .loaders import MaskDataLoaders  # before fastai: it filters the warnings of its import
-from .pets import by_split
+from .loaders import MaskDataLoaders, by_split, read_codes  # before fastai: it filters the warnings of its import
 
 from fastai.data.transforms import get_image_files
 from fastai.vision.augment import Resize
@@ -142,7 +141,7 @@ def camvid_dataloaders(
 ) -> MaskDataLoaders: # Batches (frame, mask, label), or (frame, mask); the third loader is for the test
     "CamVid with eleven classes and void, ready for a `Learner`"
     folder = camvid_folder(folder)
-    reading = dict(void=11) if (folder/"trainannot").is_dir() else merged((folder/"codes.txt").read_text().split())
+    reading = dict(void=11) if (folder/"trainannot").is_dir() else merged(read_codes(folder))
     item_tfms = Resize(size, method="squish") if item_tfms is None else item_tfms
     return MaskDataLoaders.from_df(camvid_table(folder), folder, "image", "mask", list(CLASSES), labels="present" if labels else None, min_share=min_share,
                                    splitter=by_split, item_tfms=item_tfms, batch_tfms=batch_tfms, bs=bs, **reading, **kwargs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOADER_ARGUMENTS', 'FromColumn', 'FromColumns', 'MaskInFolder', 'parent_name', 'check_files', 'collect_labels',
-           'MaskDataLoaders', 'read_codes']
+           'MaskDataLoaders', 'read_codes', 'by_split']
 
 # %% ../../nbs/data/05_loaders.ipynb #imports
 from collections.abc import Callable, Mapping, Sequence
@@ -246,6 +246,13 @@ def _truth(column, name):
     words = column.astype(str).str.lower().map({"true": True, "false": False, "1": True, "0": False})
     if words.isna().any(): raise ValueError(f"the column {name!r} has {column[words.isna()].iloc[0]!r}; expected true or false")
     return words.to_numpy(dtype=bool)
+
+# %% ../../nbs/data/05_loaders.ipynb #by-split
+def by_split(
+    items: pd.DataFrame, # Table with a column `split`
+) -> tuple[list[int], ...]: # Places of the rows to train on, to validate and to test
+    "A `splitter` for tables that say of each row which of three sets it belongs to"
+    return tuple(np.flatnonzero(items.split == split).tolist() for split in ("train", "valid", "test"))
 
 # %% ../../nbs/data/05_loaders.ipynb #from-csv
 def _from_csv(cls,

@@ -144,6 +144,7 @@ class MAnetBlock(nn.Module):
 class MAnetDecoder(nn.Module):
     "`PositionAttention` on the deepest map, then a `FusionAttention` for each skip"
     stride = 1
+    spends = False  # whether the list of maps may be emptied, so that each is freed after its last use
 
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
@@ -166,8 +167,9 @@ class MAnetDecoder(nn.Module):
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels[-1], h, w)`
-        x = self.center(features[-1])
-        for block, skip in zip(self.blocks, features[-2::-1], strict=True): x = block(x, skip)
+        if not self.spends: features = list(features)
+        x = self.center(features.pop())
+        for block in self.blocks: x = block(x, features.pop())
         return x
 
 # %% ../../nbs/decoders/02_manet.ipynb #model

@@ -67,7 +67,14 @@ class PSPBlock(nn.Module):
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Context `(b, out_channels, h, w)`
-        return resize(self.pool(x), x.shape[-2:], self.interpolation, align_corners=True if self.interpolation == "bilinear" else None)
+        return self.enlarge(self.pool(x), x.shape[-2:])
+
+    def enlarge(self,
+        x: Tensor, # Grid `(b, c, n, n)`
+        size: tuple[int, int], # Height and width of the map
+    ) -> Tensor: # Map `(b, c, h, w)`
+        "From the grid back to the map"
+        return resize(x, size, self.interpolation, align_corners=True if self.interpolation == "bilinear" else None)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #module
 class PSPModule(nn.Module):

@@ -51,6 +51,7 @@ class UnetDecoderBlock(nn.Module):
 class UnetDecoder(nn.Module):
     "Blocks from the deepest map to full size [(Ronneberger et al., 2015)](https://arxiv.org/abs/1505.04597)"
     stride = 1
+    spends = False  # whether the list of maps may be emptied, so that each is freed after its last use
 
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
@@ -72,8 +73,9 @@ class UnetDecoder(nn.Module):
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels[-1], h, w)`
-        x, sizes = self.center(features[-1]), [f.shape[-2:] for f in features[-2::-1]]
-        for block, size, skip in zip(self.blocks, sizes, [*features[-2:0:-1], None]): x = block(x, size, skip)
+        features, sizes = features if self.spends else list(features), [f.shape[-2:] for f in features[-2::-1]]
+        x = self.center(features.pop())
+        for block, size in zip(self.blocks, sizes): x = block(x, size, features.pop() if len(features) > 1 else None)
         return x
 
 # %% ../../nbs/decoders/00_unet.ipynb #widths

@@ -10,7 +10,7 @@ __all__ = ['channel_strategies', 'encoder_sources', 'EncoderMixin', 'adapt_first
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,8 @@ class EncoderMixin:
     _output_stride: int = 32
     _probe_size: tuple[int, int] = (64, 64)  # height and width of an image that the encoder takes; other than this for one with a fixed size
     has_center: bool = False  # U-Nets put two more convolutions after the deepest map (VGG, whose last stage only pools)
+    unread: frozenset[int] = frozenset()  # levels whose maps nobody reads
+    _made_with: Mapping[str, Any] | None = None  # arguments that build this encoder at its full depth
 
     @property
     def out_channels(self) -> list[int]: # Channels of each map, finest first; 0 for a level that does not exist
@@ -53,9 +55,26 @@ class EncoderMixin:
     ) -> None:
         "Adapt the first convolution to images with `in_channels` channels"
         if in_channels == self._in_channels: return
-        adapt_first_conv(self, self._in_channels, in_channels, strategy if pretrained else None)
+        for part in self.first_layers(): adapt_first_conv(part, self._in_channels, in_channels, strategy if pretrained else None)
         if self._out_channels[0] == self._in_channels: self._out_channels = [in_channels, *self._out_channels[1:]]
         self._in_channels = in_channels
+
+    def first_layers(self) -> list[nn.Module]: # Parts of which each one's first convolution reads the image
+        "What `set_in_channels` adapts"
+        return [self]
+
+    def hand_out(self,
+        features: list[Tensor], # Maps so far, finest first
+        x: Tensor, # Map of the next level
+    ) -> None:
+        "Append a map, or only its size if nobody reads it, so that the memory is free as soon as the encoder goes on"
+        features.append(x.new_empty(len(x), 0, *x.shape[-2:]) if len(features) in self.unread else x)
+
+    def forget(self,
+        levels: Iterable[int], # Levels whose maps nobody reads
+    ) -> None:
+        "Hand out these levels without channels from now on; a fused model does so"
+        self.unread = frozenset(levels)
 
     def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, 1 the finest -> names of its parameters
         "What belongs to each stage, as `parameter_stages` measures it"
@@ -71,7 +90,9 @@ class EncoderMixin:
 
     def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
         "Tensors that checkpoints of this encoder may hold and that it does not build, such as deeper stages"
-        return {}
+        if self._made_with is None: return {}
+        with torch.device("meta"): whole = type(self)(**self._made_with)
+        return {k: tuple(t.shape) for k, t in whole.state_dict().items()}
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules that bring the map to that stride
         "Stages that `make_dilated` can dilate; an encoder without any cannot be dilated"

@@ -117,10 +117,11 @@ class EfficientNetEncoder(nn.Module, EncoderMixin):
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
-        features = [x, x := self.act(self._bn0(self._conv_stem(x)))]
+        features = [x]
+        self.hand_out(features, x := self.act(self._bn0(self._conv_stem(x))))
         for i, block in enumerate(self._blocks):
             x = block(x)
-            if i in self.taps: features.append(x)
+            if i in self.taps: self.hand_out(features, x)
         return features
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
@@ -189,10 +190,11 @@ class TimmEfficientNetEncoder(nn.Module, EncoderMixin):
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
-        features = [x, x := self.bn1(self.conv_stem(x))]
+        features = [x]
+        self.hand_out(features, x := self.bn1(self.conv_stem(x)))
         for i, group in enumerate(self.blocks, 1):
             x = group(x)
-            if i in self.ends: features.append(x)
+            if i in self.ends: self.hand_out(features, x)
         return features
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..core.model import pad_to_least
 from ..core.registry import encoders
 from .base import EncoderMixin
-from .native import imagenet_stats
+from .native import smp_weights
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #patch
 class OverlapPatchEmbed(nn.Module):
@@ -165,12 +165,8 @@ class MixVisionTransformerEncoder(nn.Module, EncoderMixin):
         for s in range(1, self._depth):
             embed, blocks, norm = (self.get_submodule(f"{part}{s}") for part in ("patch_embed", "block", "norm"))
             x = norm(blocks(embed(x))).permute(0, 3, 1, 2).contiguous()
-            features.append(x)
+            self.hand_out(features, x)
         return features
-
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape, of the stages beyond the depth
-        with torch.device("meta"): whole = type(self)(**self._made_with)
-        return {k: tuple(t.shape) for k, t in whole.state_dict().items()}
 
 def _initialize(module):
     "Start linear layers as transformers do, convolutions by their number of outputs"
@@ -192,5 +188,4 @@ for _name, _widths, _depths, _revision in [
     ("mit_b5", _large, (3, 6, 40, 3), "ced04d96c586b6297fd59a7a1e244fc78fdb6531"),
 ]: encoders[_name] = {
     "encoder": MixVisionTransformerEncoder, "params": {"widths": _widths, "depths": _depths},
-    "pretrained_settings": {"imagenet": {"repo_id": f"smp-hub/{_name}.imagenet", "filename": "model.safetensors", "revision": _revision,
-                                         "license": licence, **imagenet_stats}}}
+    "pretrained_settings": {tag: facts | {"license": licence} for tag, facts in smp_weights(_name, {"imagenet": _revision}).items()}}

@@ -51,7 +51,7 @@ class MobileNetV2Encoder(nn.Module, EncoderMixin):
     ):
         super().__init__()
         if not 1 <= depth <= 5: raise ValueError(f"encoder_depth={depth}: MobileNetV2 has depths 1 to 5")
-        self._depth, self._out_channels = depth, [3, 16, 24, 32, 96, 1280]
+        self._depth, self._out_channels, self._made_with = depth, [3, 16, 24, 32, 96, 1280], {}
         features = [_conv_norm_relu6(3, 32, 3, 2)]
         previous = 32
         for blocks, stride, widening, channels in v2_groups:
@@ -68,15 +68,11 @@ class MobileNetV2Encoder(nn.Module, EncoderMixin):
         features = [x]
         for i, feature in enumerate(self.features):
             x = feature(x)
-            if i in self.taps: features.append(x)
+            if i in self.taps: self.hand_out(features, x)
         return features
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
         return {16: list(self.features[7:14]), 32: list(self.features[14:])}
-
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape, of the stages beyond the depth
-        with torch.device("meta"): whole = type(self)()
-        return {k: tuple(t.shape) for k, t in whole.state_dict().items()}
 
 encoders["mobilenet_v2"] = {"encoder": MobileNetV2Encoder, "params": {},
                             "pretrained_settings": smp_weights("mobilenet_v2", {"imagenet": "e67aa804e17f7b404b629127eabbd224c4e0690b"})}

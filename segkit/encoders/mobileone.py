@@ -6,13 +6,13 @@
 __all__ = ['licence', 'SqueezeExcite', 'MobileOneBlock', 'merge_branches', 'MobileOneEncoder']
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn, Tensor
 
 from ..core.registry import encoders
-from .base import EncoderMixin, adapt_first_conv
+from .base import EncoderMixin
 from .efficientnet import fan_out
 from .native import smp_weights
 
@@ -117,19 +117,11 @@ class MobileOneEncoder(nn.Module, EncoderMixin):
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
         features = [x]
-        for i in range(self._depth): features.append(getattr(self, f"stage{i}")(features[-1]))
+        for i in range(self._depth): self.hand_out(features, x := getattr(self, f"stage{i}")(x))
         return features
 
-    def set_in_channels(self,
-        in_channels: int, # Channels of the images to come
-        pretrained: bool = True, # Adapt the weights; False starts the first layer afresh
-        strategy: str | Callable = "tile", # Name in `channel_strategies`, or a function of weight and `in_channels`
-    ) -> None:
-        "Adapt every branch of the first layer to images with `in_channels` channels"
-        if in_channels == self._in_channels: return
-        for conv in [m for m in self.stage0.modules() if isinstance(m, nn.Conv2d)]:
-            adapt_first_conv(nn.Sequential(conv), self._in_channels, in_channels, strategy if pretrained else None)
-        self._in_channels, self._out_channels = in_channels, [in_channels, *self._out_channels[1:]]
+    def first_layers(self) -> list[nn.Module]: # The branches of the first layer
+        return [m for m in self.stage0.modules() if isinstance(m, nn.Conv2d)]
 
     def reparameterize(self) -> "MobileOneEncoder": # The encoder itself
         "Replace the branches of every layer by one convolution, in place; for inference"
@@ -139,10 +131,6 @@ class MobileOneEncoder(nn.Module, EncoderMixin):
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
         return {2**(i+1): [getattr(self, f"stage{i}")] for i in (3, 4) if i < self._depth}
-
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape, of the stages beyond the depth
-        with torch.device("meta"): whole = type(self)(**self._made_with)
-        return {k: tuple(t.shape) for k, t in whole.state_dict().items()}
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #variants
 def _stage(in_channels, out_channels, pairs, branches, squeeze):

@@ -48,16 +48,12 @@ class NativeEncoder(nn.Module, EncoderMixin):
         features = [x]
         for stage in self.chain[:self._depth]:
             for child in stage: x = getattr(self, child)(x)
-            features.append(x)
+            self.hand_out(features, x)
         return features
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
         if not self.dilatable: return {}
         return {2**(i+1): [getattr(self, child) for child in stage] for i, stage in enumerate(self.chain[:self._depth]) if i >= 3}
-
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape, of the stages beyond the depth
-        with torch.device("meta"): whole = type(self)(**self._made_with)
-        return {k: tuple(t.shape) for k, t in whole.state_dict().items()}
 
 # %% ../../nbs/encoders/03_native.ipynb #sequence
 class SequenceEncoder(NativeEncoder):
@@ -81,7 +77,7 @@ class SequenceEncoder(NativeEncoder):
         features = [x] if self.image_first else []
         for i, layer in enumerate(self.features):
             x = layer(x)
-            if i in self._ends: features.append(self.tap(x))
+            if i in self._ends: self.hand_out(features, self.tap(x))
             if len(features) > self._depth: break
         return features
 

@@ -6,7 +6,7 @@
 __all__ = ['ResNetEncoder']
 
 # %% ../../nbs/encoders/04_resnet.ipynb #imports
-from .native import NativeEncoder, hub_weights, imagenet_stats, register_native
+from .native import NativeEncoder, hub_weights, register_native, smp_weights
 
 # %% ../../nbs/encoders/04_resnet.ipynb #encoder
 class ResNetEncoder(NativeEncoder):
@@ -31,5 +31,5 @@ for _name, _channels, _names, _tags in [
 ]: register_native(ResNetEncoder, _name, _channels, hub_weights(*(f"{_name}.{_tag}" for _tag in _tags), names=_names))
 
 # timm has no model of this width, but its 32x32d takes another base width; the weights are in SMP's repository
-register_native(ResNetEncoder, "resnext101_32x48d", _bottleneck, timm_name="resnext101_32x32d", base_width=48, weights={"instagram": {
-    "repo_id": "smp-hub/resnext101_32x48d.instagram", "filename": "model.safetensors", "revision": "53e61a962b824ad7027409821f9ac3e3336dd024", **imagenet_stats}})
+register_native(ResNetEncoder, "resnext101_32x48d", _bottleneck, timm_name="resnext101_32x32d", base_width=48,
+                weights=smp_weights("resnext101_32x48d", {"instagram": "53e61a962b824ad7027409821f9ac3e3336dd024"}))

@@ -7,7 +7,7 @@ __all__ = ['freeing', 'weightless', 'feature_facts', 'plan_levels', 'Fit', 'find
            'TimmUniversalEncoder', 'has_pyramid', 'timm_source']
 
 # %% ../../nbs/encoders/02_universal.ipynb #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -215,6 +215,13 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
         b, _, h, w = x.shape
         return [x if level == 0 and 0 not in maps else maps[level] if level in maps else x.new_empty(b, 0, (h + 2**level - 1)//2**level, (w + 2**level - 1)//2**level)
                 for level in range(self._depth + 1)]
+
+    def forget(self, levels: Iterable[int]) -> None:
+        super().forget(levels)
+        layers = getattr(self.model, "return_layers", {})
+        if len(layers) != len(self._levels): return  # a model of timm that does not collect its maps by name keeps them all
+        self.model.return_layers = {name: i for (name, i), level in zip(layers.items(), self._levels) if level not in self.unread}
+        self._levels = tuple(level for level in self._levels if level not in self.unread)
 
     def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
         "Tensors of the whole model, of which this one builds a part"

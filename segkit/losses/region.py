@@ -126,8 +126,21 @@ def _class_indices(classes: Sequence[int] | Tensor | None, mode: str) -> Tensor 
         raise ValueError(f"classes={classes}: expected a list of class numbers from 0")
     return indices
 
+class _ChosenClassesLoss(SegmentationLoss):
+    "A loss of the classes in the buffer `classes`, or of all if that is None"
+    def __init__(self, mode: str, classes: Sequence[int] | Tensor | None, *options):
+        super().__init__(mode, *options)
+        self.register_buffer("classes", _class_indices(classes, mode), persistent=False)
+        self._highest_class = 0 if classes is None else max(self.classes.tolist())
+
+    def prepare(self, y_pred: Tensor, y_true: Tensor) -> Batch: # Checked, in normal form
+        batch = super().prepare(y_pred, y_true)
+        if self._highest_class >= batch.classes:
+            raise ValueError(f"classes={self.classes.tolist()}, but y_pred has {batch.classes} classes")
+        return batch
+
 # %% ../../nbs/losses/01_region.ipynb #region
-class RegionLoss(SegmentationLoss):
+class RegionLoss(_ChosenClassesLoss):
     "One minus the overlap score, averaged over classes; a subclass sets `alpha` and `beta`"
     alpha: float  # weight of what was found and is not there
     beta: float  # weight of what is there and was missed
@@ -145,19 +158,15 @@ class RegionLoss(SegmentationLoss):
         empty: Literal["ignore", "exclude", "penalize"] = "ignore", # What a class without a pixel in the target costs
         reduction: str = "mean", # `"mean"`, `"sum"` or `"none"`
     ):
-        super().__init__(mode, ignore_index, from_logits, reduction, class_weights)
+        super().__init__(mode, classes, ignore_index, from_logits, reduction, class_weights)
         check_choice("empty", empty, ("ignore", "exclude", "penalize"))
         self.log_loss, self.smooth, self.eps, self.empty = log_loss, smooth, eps, empty
-        self.register_buffer("classes", _class_indices(classes, mode), persistent=False)
-        self._highest_class = 0 if classes is None else max(self.classes.tolist())
 
     def forward(self,
         y_pred: Tensor, # Logits `(b, c, h, w)`
         y_true: Tensor, # Labels `(b, h, w)`, or values `(b, c, h, w)`
     ) -> Tensor: # One number, or `(b,)` with `reduction="none"`
         batch = self.prepare(y_pred, y_true)
-        if self._highest_class >= batch.classes:
-            raise ValueError(f"classes={self.classes.tolist()}, but y_pred has {batch.classes} classes")
         sums, pixels = region_sums(batch, self.mode, self.from_logits), count_pixels(batch)
         if self.reduction == "mean": sums, pixels = sums.sum(1), pixels.sum(0)
         loss = self.mean_over_classes(self.class_losses(sums, pixels), sums[2] > 0)

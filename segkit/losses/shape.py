@@ -16,7 +16,7 @@ from torch import Tensor
 from .base import (PIXEL_REDUCTIONS, SegmentationLoss, check_range, compute_dtype, count_pixels, probabilities, safe_divide,
                                 wide_dtype)
 from .distribution import _mean_over_classes, as_values
-from .region import _class_indices
+from .region import _ChosenClassesLoss
 
 # %% ../../nbs/losses/05_shape.ipynb #distance
 @torch.compiler.disable
@@ -93,7 +93,7 @@ def soft_skeleton(
     return skeleton
 
 # %% ../../nbs/losses/05_shape.ipynb #cldice
-class SoftClDiceLoss(SegmentationLoss):
+class SoftClDiceLoss(_ChosenClassesLoss):
     "One minus soft clDice, the overlap of centre lines with masks [(Shit et al., 2021)](https://arxiv.org/abs/2003.07311)"
     def __init__(self,
         mode: str, # `"binary"`, `"multiclass"` or `"multilabel"`
@@ -106,11 +106,10 @@ class SoftClDiceLoss(SegmentationLoss):
         iterations: int = 10, # Erosions, at least half the width of the widest thing
         smooth: float = 1.0, # Added to numerator and denominator, above 0
     ):
-        super().__init__(mode, ignore_index, from_logits, reduction, class_weights)
+        super().__init__(mode, classes, ignore_index, from_logits, reduction, class_weights)
         if not smooth > 0: raise ValueError(f"smooth={smooth}: expected a number above 0, or an empty mask divides by 0")
         if iterations < 0: raise ValueError(f"iterations={iterations}: expected 0 or more")
         self.iterations, self.smooth = iterations, smooth
-        self.register_buffer("classes", _class_indices(classes, mode), persistent=False)
 
     def forward(self,
         y_pred: Tensor, # Logits `(b, c, h, w)`
@@ -121,7 +120,6 @@ class SoftClDiceLoss(SegmentationLoss):
         p, pixels, weights = probabilities(logits, self.mode, self.from_logits), count_pixels(batch), self.class_weights
         if counted is not None: p = p * counted
         if self.classes is not None:
-            if self.classes.max() >= batch.classes: raise ValueError(f"classes={self.classes.tolist()}, but y_pred has {batch.classes} classes")
             p, t, pixels = p[:, self.classes], t[:, self.classes], pixels[:, self.classes]
             weights = weights if weights is None else weights[self.classes]
         line_p, line_t = soft_skeleton(p, self.iterations), soft_skeleton(t, self.iterations)

@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.create import create_model
 from ..core.registry import architectures
 from .fuse import fuse
+from .memory import memory_trace
 from .rewrites import race
 
 # %% ../../nbs/speed/90_benchmark.ipynb #measures
@@ -44,19 +44,13 @@ def peak_memory(
     device: torch.device | str = "cpu", # Where it runs
 ) -> int: # Bytes
     "Most bytes that PyTorch's allocator holds during a run, beyond what it held before"
-    run()
     if torch.device(device).type == "cuda":
+        run()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and stop
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: result = run()  # noqa: F841 (its end would free it)
-    held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    return max(memory_trace(run))
 
 def convolution_peak(
     device: torch.device | str = "cpu", # Device to measure

@@ -7,7 +7,6 @@ __all__ = ['Choices', 'Fused', 'fuse', 'agreement']
 
 # %% ../../nbs/speed/00_fuse.ipynb #imports
 import copy
-from collections.abc import Sequence
 
 import torch
 from torch import nn, Tensor
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..core.model import SegmentationModel
 from . import lowres as _lowres, upconv as _upconv  # noqa: F401 (they enter their rewrites)
 from .fold import fold_norms, merge_branches
+from .memory import let_go
 from .packed import pack
 from .rewrites import Choice, race, rewrites, settle
 
@@ -37,24 +37,31 @@ class Choices(list):
 # %% ../../nbs/speed/00_fuse.ipynb #fused
 class Fused(nn.Module):
     "Inference form of a model: same images in, same masks and labels out"
+    channels_last = True  # memory format in which it works
+    at_once: int | None = None  # images to run at a time; None for all of a batch
+    dtype: torch.dtype | None = None  # precision in which it works; None for that of the images
+
     def __init__(self,
         model: SegmentationModel, # Rewritten model
-        choices: Sequence[Choice] = (), # What was chosen for its parts
-        channels_last: bool = True, # Memory format in which it works
     ):
         super().__init__()
-        self.model, self.choices, self.channels_last, self.dtype = model, Choices(choices), channels_last, None
+        self.model, self.choices = model, Choices()
         self.eval()
 
     def forward(self,
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor | tuple[Tensor, Tensor]: # Mask `(b, classes, h, w)`, or mask and label `(b, labels)`
-        if self.dtype is not None: return tree_map(lambda t: t.to(x.dtype) if t.is_floating_point() else t, self.model(self._prepared(x.to(self.dtype))))
-        return self.model(self._prepared(x))
-
-    def _prepared(self, x):
         fit = isinstance(x, Tensor) and x.dim() == 4 and not torch.compiler.is_compiling()
-        return x.contiguous(memory_format=torch.channels_last) if fit and self.channels_last else x
+        if not (fit and self.at_once and len(x) > self.at_once): return self._run(x, fit)
+        pieces = [self._run(piece, fit) for piece in x.split(self.at_once)]
+        return torch.cat(pieces) if isinstance(pieces[0], Tensor) else tuple(map(torch.cat, zip(*pieces)))
+
+    def _run(self, x, fit):
+        "One batch, which is brought into the order and precision of the model if it is `fit`"
+        given = x
+        if self.dtype is not None: x = x.to(self.dtype)
+        y = self.model(x.contiguous(memory_format=torch.channels_last) if fit and self.channels_last else x)
+        return y if self.dtype is None else tree_map(lambda t: t.to(given.dtype) if t.is_floating_point() else t, y)
 
     def predict(self,
         x: Tensor, # Images `(b, in_channels, h, w)`
@@ -92,7 +99,8 @@ def fuse(
         if example_input is not None: example_input = example_input.to(x)
         result = Fused(fused.to(memory_format=torch.channels_last))
         result.choices += settle(fused, None if example_input is None else example_input.contiguous(memory_format=torch.channels_last))
-        if example_input is not None: result.choices.append(_memory_format(result, example_input))
+        let_go(fused, x)
+        if example_input is not None: result.choices += [_memory_format(result, example_input), *_at_once(result, example_input)]
         _verify(tree_leaves(result(x)), expected)
         if dtype is not None: result.model, result.dtype = result.model.to(dtype), dtype
     return result
@@ -112,6 +120,19 @@ def _memory_format(fused: Fused, x: Tensor) -> Choice:
     times = race({"contiguous": lambda: other(x), "channels last": lambda: fused(x)}, device=x.device)
     if times["contiguous"] < times["channels last"]: fused.model, fused.channels_last = other.model, False
     return Choice("memory format", min(times, key=times.__getitem__), times)
+
+def _at_once(fused: Fused, x: Tensor) -> list[Choice]:
+    "Choose by the clock whether a batch is run whole, in halves or image by image"
+    if len(x) == 1: return []
+    numbers = list(dict.fromkeys([len(x), -(-len(x)//2), 1]))
+    def runner(n):
+        other = copy.copy(fused)
+        other.at_once = n
+        return lambda: other(x)
+    times = race({str(n): runner(n) for n in numbers}, device=x.device)
+    best = min(numbers, key=lambda n: times[str(n)])
+    fused.at_once = None if best == len(x) else best
+    return [Choice("images at a time", str(best), times)]
 
 def _verify(got: list, expected: list):
     "Refuse to return a model that computes something else"

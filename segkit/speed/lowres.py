@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.layers import doubles, doubling_kernel, known, resize
+from ..core.layers import doubles, doubling_kernel, known, repeating, resize
 from ..decoders.deeplabv3 import ASPP
 from ..decoders.deeplabv3plus import DeepLabV3PlusDecoder
 from ..decoders.dpt import DPT, DPTDecoder, DPTSegmentationHead, ReassembleBlock, ResidualConvBlock
@@ -24,7 +24,7 @@ from ..decoders.pspnet import PSPDecoder
 from ..decoders.segformer import SegformerDecoder
 from ..decoders.upernet import UPerNetDecoder
 from ..heads.segmentation import SegmentationHead
-from .fold import fold_norm, norms
+from .fold import fold_norm, norms, wide
 from .packed import PackedConv2d, PackedConvTranspose2d
 from .rewrites import Forms, rewrites
 from .upconv import part_of
@@ -71,19 +71,19 @@ class ProjectedPSP(nn.Module):
         channels: int, # Channels of the deepest map
     ):
         super().__init__()
-        self.pools = nn.ModuleList(block.pool for block in decoder.psp.blocks)
-        widths = [pool[1][0].out_channels for pool in self.pools]
+        self.blocks = decoder.psp.blocks
+        widths = [block.pool[1][0].out_channels for block in self.blocks]
         self.project = SplitConv(decoder.conv, [*widths, channels])
 
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first; only the last is read
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         x, total = features[-1], None
-        for pool, project in reversed([*zip(self.pools, self.project.others)]):
-            y = project(pool(x))
-            if total is None: total = resize(y, x.shape[-2:], align_corners=True)
+        for block, project in reversed([*zip(self.blocks, self.project.others)]):
+            y = project(block.pool(x))
+            if total is None: total = block.enlarge(y, x.shape[-2:])
             else:
-                if y.shape[-2:] != (1, 1): y = resize(y, x.shape[-2:], align_corners=True)
+                if y.shape[-2:] != (1, 1): y = block.enlarge(y, x.shape[-2:])
                 total = total + y if total.requires_grad else total.add_(y)
         return self.project.finish(x, total)
 
@@ -172,9 +172,10 @@ class SplitPlus(nn.Module):
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, out_channels, h/4, w/4)`
         shortcut = self.block1(features[2])
-        context = resize(self.aspp(features[-1]), shortcut.shape[-2:], self.interpolation, align_corners=True)
-        total = self.across.others[0](self.around[0](context))
+        total = self.across.others[0](self._context(features[-1], shortcut.shape[-2:]))
         return self.across.finish(self.around[1](shortcut), total)
+
+    def _context(self, deepest, size): return self.around[0](resize(self.aspp(deepest), size, self.interpolation, align_corners=True))
 
 rewrites.register(DeepLabV3PlusDecoder)(lambda decoder, features: InPlaceOf(decoder, SplitPlus(decoder)));
 
@@ -187,9 +188,8 @@ class ComposedSegformer(nn.Module):
         super().__init__()
         conv, norm, act = decoder.fuse_stage
         weight, bias = fold_norm(conv, norm) if isinstance(norm, norms) else (conv.weight, conv.bias)
-        wide = lambda t: t.detach().double() if t.device.type != "mps" else t.detach()
         total = torch.zeros_like(wide(weight)[:, 0, 0, 0]) if bias is None else wide(bias)
-        self.levels, self.convs = decoder.levels, nn.ModuleDict()
+        self.levels, self.convs, self.interpolation = decoder.levels, nn.ModuleDict(), decoder.interpolation
         for i, mlp, w in zip(self.levels, decoder.mlp_stage, wide(weight).flatten(1).chunk(len(self.levels), 1)):
             one = nn.Conv2d(mlp.linear.in_features, len(w), 1, bias=i == 2, device="meta")
             one.weight = nn.Parameter((w @ wide(mlp.linear.weight))[:, :, None, None].to(conv.weight), requires_grad=False)
@@ -203,8 +203,8 @@ class ComposedSegformer(nn.Module):
         size, total = features[2].shape[-2:], None
         for i in self.levels:
             if i == 2: continue
-            x = features[i] if i > 2 else resize(features[i], size)  # a finer map shrinks before it is mixed
-            y = resize(self.convs[str(i)](x), size)
+            x = features[i] if i > 2 else resize(features[i], size, self.interpolation)  # a finer map shrinks before it is mixed
+            y = resize(self.convs[str(i)](x), size, self.interpolation)
             total = y if total is None else total.add_(y) if not y.requires_grad else total + y
         return self.convs["2"](features[2], total, over=True) if total is not None else self.convs["2"](features[2])
 
@@ -224,11 +224,11 @@ class ComposedFPN(nn.Module):
         parts = head.weight.chunk(n, 1) if decoder.merge.policy == "cat" else [head.weight]*n
         self.heads = nn.ModuleList(part_of(head, w, bias=i == n - 1) for i, w in enumerate(parts))
         conv = decoder.seg_blocks[-1].block[0].block[0]
-        wide, narrow = conv.in_channels, conv.out_channels
+        broad, narrow = conv.in_channels, conv.out_channels
         self.jump = None
-        if channels and 9*channels*narrow + 4*wide*narrow < channels*wide + 9*wide*narrow:
+        if channels and 9*channels*narrow + 4*broad*narrow < channels*broad + 9*broad*narrow:
             self.jump = PackedConvTranspose2d(_transposed(doubling_kernel(conv.weight)))
-            composed = torch.einsum("omhw,mc->ochw", conv.weight.double(), self.p2.skip_conv.weight[:, :, 0, 0].double()).to(conv.weight)
+            composed = torch.einsum("omhw,mc->ochw", wide(conv.weight), wide(self.p2.skip_conv.weight)[:, :, 0, 0]).to(conv.weight)
             self.own, self.shift = part_of(conv, composed), nn.Parameter(self.p2.skip_conv.bias.detach().clone(), requires_grad=False)
 
     def forward(self,
@@ -248,7 +248,7 @@ class ComposedFPN(nn.Module):
 
     def _finest(self, p3, c2):
         "The branch of the finest level"
-        if self.jump is None or self.p2.interpolation not in ("nearest", "nearest-exact", "area") or not doubles(p3, c2.shape[-2:]):
+        if self.jump is None or self.p2.interpolation not in repeating or not doubles(p3, c2.shape[-2:]):
             return self.seg_blocks[-1](self.p2(p3, c2))
         conv, norm, act = self.seg_blocks[-1].block[0].block
         return act(norm(self.own(c2, self.jump(p3 + self.shift[:, None, None]), over=True)))
@@ -348,17 +348,18 @@ class SmallConv(nn.Module):
 
 # %% ../../nbs/speed/05_lowres.ipynb #upernet
 class EnlargedConv(nn.Module):
-    "3x3 convolution of a bilinearly enlarged map, as written"
+    "3x3 convolution of an enlarged map, as written"
     def __init__(self,
         weight: Tensor, # Weight `(o, c, 3, 3)`
+        mode: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
         conv = nn.Conv2d(weight.shape[1], len(weight), 3, padding=1, bias=False, device="meta")
         conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        self.conv = PackedConv2d(conv)
+        self.conv, self.mode = PackedConv2d(conv), mode
 
     def forward(self, x: Tensor, size: tuple[int, int], total: Tensor | None = None) -> Tensor:
-        return self.conv(resize(x, size)) if total is None else self.conv(resize(x, size), total, over=True)
+        return self.conv(resize(x, size, self.mode), total, over=True)
 
 class SmallUPerNet(nn.Module):
     "A `UPerNetDecoder` that convolves before it enlarges"
@@ -368,20 +369,22 @@ class SmallUPerNet(nn.Module):
         super().__init__()
         self.feature_norms, self.psp, self.fpn_conv_blocks = decoder.feature_norms, decoder.psp, decoder.fpn_conv_blocks
         self.laterals = nn.ModuleList(block.conv_norm_relu for block in decoder.fpn_lateral_blocks)
-        conv, norm, act = decoder.fusion_block
+        (conv, norm, act), self.mode = decoder.fusion_block, decoder.interpolation
         n = len(self.laterals) + 1
         finest, *others = conv.weight.chunk(n, 1)
         self.finest = SplitConv(nn.Sequential(part_of(conv, finest), norm, act), [finest.shape[1]])
-        self.others = nn.ModuleList(Forms({"plain": EnlargedConv(w), "small": SmallConv(w)}) for w in others)
+        small = self.mode == "bilinear"  # the one mode that `SmallConv` knows
+        self.others = nn.ModuleList(Forms({"plain": EnlargedConv(w, self.mode)} | ({"small": SmallConv(w)} if small else {})) for w in others)
 
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels, h/4, w/4)`
         *skips, deepest = (norm(f) for norm, f in zip(self.feature_norms, features[2:]))
-        maps = levels = [self.psp(deepest)]
+        levels = [self.psp(deepest)]
         for lateral, skip in zip(self.laterals, reversed(skips)):
             y = lateral(skip)
-            levels = [*levels, (y + resize(levels[-1], y.shape[-2:])) if y.requires_grad else y.add_(resize(levels[-1], y.shape[-2:]))]
+            above = resize(levels[-1], y.shape[-2:], self.mode)
+            levels.append(y + above if y.requires_grad else y.add_(above))
         maps = [levels[0], *(conv(p) for conv, p in zip(self.fpn_conv_blocks, levels[1:]))]
         finest, size, total = maps[-1], maps[-1].shape[-2:], None
         for conv, m in zip(self.others, reversed(maps[:-1])): total = conv(m, size, total)
@@ -397,7 +400,6 @@ class ComposedReassemble(nn.Module):
     ):
         super().__init__()
         project, change, smooth = block.project_to_out_channel, block.upsample, block.project_to_feature_dim
-        wide = lambda t: t.detach().double() if t.device.type != "mps" else t.detach()
         first = torch.cat([wide(project.weight)[:, :, 0, 0], wide(project.bias)[:, None]], 1)  # (m, c + 1)
         self.up, self.down, self.then = 1, 1, nn.Identity()
         if isinstance(change, nn.ConvTranspose2d):
@@ -462,8 +464,7 @@ class _Early(nn.Module):
     def __init__(self, project, head):
         super().__init__()
         conv, _, self.act, _, self.classes = head
-        weight = conv.weight.double() if conv.weight.device.type != "mps" else conv.weight
-        composed, bias = (torch.einsum(rule, weight, t.to(weight)).to(conv.weight) for rule, t in
+        composed, bias = (torch.einsum(rule, wide(conv.weight), wide(t)).to(conv.weight) for rule, t in
                           (("nmab,mc->ncab", project.weight[:, :, 0, 0]), ("nmab,m->nab", project.bias)))
         self.conv, self.bias = SmallConv(composed, True, bias), conv.bias
 
@@ -479,7 +480,7 @@ class ComposedDPT(nn.Module):
         head: nn.Sequential, # Layers of the head
     ):
         super().__init__()
-        self.strides, self.encoder_strides = decoder.strides, decoder.encoder_strides
+        self.strides = decoder.strides
         self.projection_blocks, self.reassemble_blocks = decoder.projection_blocks, decoder.reassemble_blocks
         *self.fusion_blocks, last = decoder.fusion_blocks
         self.fusion_blocks, project = nn.ModuleList(self.fusion_blocks), last.project
