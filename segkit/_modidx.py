@@ -980,6 +980,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'segkit/encoders/universal.py'),
                                            'segkit.encoders.universal._WithoutValues.__torch_function__': ( 'encoders/universal.html#_withoutvalues.__torch_function__',
                                                                                                             'segkit/encoders/universal.py'),
+                                           'segkit.encoders.universal._cached': ( 'encoders/universal.html#_cached',
+                                                                                  'segkit/encoders/universal.py'),
                                            'segkit.encoders.universal._check_plan': ( 'encoders/universal.html#_check_plan',
                                                                                       'segkit/encoders/universal.py'),
                                            'segkit.encoders.universal._crop': ( 'encoders/universal.html#_crop',

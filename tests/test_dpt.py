@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracle import AUX, assert_same, without_gradient
 
-from segkit.decoders.dpt import DPT, FusionBlock, ReadoutAddBlock, ReadoutConcatBlock
+from segkit.decoders.dpt import DPT, ReadoutAddBlock
 
 torch.set_num_threads(1)
 TINY = "tu-vit_tiny_patch16_224"
@@ -37,7 +37,6 @@ def test_equals_smp_at_default_widths():
 @pytest.mark.parametrize("readout", ["cat", "add", "ignore"])
 @pytest.mark.parametrize("name", ["tu-resnet18", "tu-vit_tiny_r_s16_p8_224", "tu-vit_small_patch16_dinov3"])
 def test_equals_smp_with_other_encoders(name, readout):
-    if name.endswith("dinov3") and readout == "ignore": return
     check_parity(encoder_name=name, decoder_readout=readout, size=(256, 256) if name.endswith("dinov3") else (224, 224))
 
 
@@ -64,20 +63,6 @@ def test_every_parameter_gets_a_gradient(options): assert without_gradient(build
 def test_batch_of_one_trains():
     mask, label = build(aux_params=AUX).train()(torch.randn(1, 3, 32, 32))
     (mask.square().mean() + label.sum()).backward()
-
-
-def test_the_projection_before_the_enlargement_is_exact():
-    torch.manual_seed(0)
-    block, x = FusionBlock(8).double().eval(), torch.randn(2, 8, 5, 7, dtype=torch.float64)
-    after = block.project(torch.nn.functional.interpolate(block.residual_conv_block2(block.residual_conv_block1(x)), size=(10, 14), mode="bilinear", align_corners=True))
-    torch.testing.assert_close(block(x, None, (10, 14)), after, rtol=0, atol=1e-12)
-
-
-def test_the_readout_by_hand():
-    torch.manual_seed(0)
-    block, x, prefix = ReadoutConcatBlock(6).double(), torch.randn(2, 6, 3, 4).double(), torch.randn(2, 3, 6).double()
-    both = torch.cat([x.permute(0, 2, 3, 1), prefix[:, 0, None, None].expand(2, 3, 4, 6)], -1)
-    torch.testing.assert_close(block(x, prefix), block.project(both).permute(0, 3, 1, 2), rtol=0, atol=1e-12)
 
 
 def test_add_takes_the_mean_of_all_tokens():

@@ -6,7 +6,7 @@ from oracle import randomise, relative_error, smp
 from torch import nn
 
 import segkit
-from segkit.encoders import EncoderMixin, check_encoder, get_encoder, get_preprocessing_params, parameter_stages
+from segkit.encoders import EncoderMixin, check_encoder, get_encoder, get_preprocessing_params
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d",
          "resnext101_32x16d", "resnext101_32x32d", "resnext101_32x48d"]
@@ -140,10 +140,6 @@ def test_a_shallow_encoder_needs_no_dilation():
     assert get_encoder("resnet18", depth=3, output_stride=8).layer2[0].conv1.stride == (2, 2)
 
 
-def test_parts_named_like_the_mixin_do_no_harm():
-    assert set(parameter_stages(MyEncoder()).values()) == {1, 2, 3, 4, 5}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_of_smp(name):
     with torch.device("meta"):
@@ -161,7 +157,7 @@ def test_features_of_smp(name, output_stride):
 
 
 @pytest.mark.parametrize("kwargs, error, says", [
-    ({"name": "resnet43"}, KeyError, "did you mean 'resnet34'|did you mean"), ({"name": "tu-resnett18"}, KeyError, "timm has no model 'resnett18'; did you mean"),
+    ({"name": "resnet43"}, KeyError, "did you mean 'resnet34'"), ({"name": "tu-resnett18"}, KeyError, "timm has no model 'resnett18'; did you mean"),
     ({"name": "resnet18", "weights": "imagnet"}, KeyError, "did you mean 'imagenet'.*Its tags: 'imagenet'"),
     ({"name": "resnet18", "depth": 6}, ValueError, "depths 1 to 5"), ({"name": "resnet18", "depth": 0}, ValueError, "encoder_depth=0"),
     ({"name": "resnet18", "output_stride": 4}, ValueError, "expected 8 or 16"),

@@ -33,8 +33,10 @@ def test_any_size_in_the_same_size_out(arch):
 
 @sized
 def test_trains_on_a_batch_of_one(arch):
-    mask, label = build(arch, aux_params=AUX).train()(torch.randn(1, 3, 64, 64))
+    model = build(arch, aux_params=AUX).train()
+    mask, label = model(torch.randn(1, 3, 64, 64))
     (mask.sum() + label.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @sized

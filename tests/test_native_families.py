@@ -154,7 +154,7 @@ def test_names_weights_and_statistics():
             assert entry["repo_id"] == f"smp-hub/{name}.{tag.replace('+', '-')}" and len(entry["revision"]) == 40 and entry["filename"].endswith(".safetensors")
 
 
-def test_offline_error_names_the_file(monkeypatch, tmp_path):
+def test_offline_error_names_the_file(monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(OSError, match=r"model.safetensors of smp-hub/vgg11.imagenet .*pass a local file"): get_encoder("vgg11", weights="imagenet")
 

@@ -1,20 +1,19 @@
 """Build every timm model as an encoder, run it, give its maps to every decoder, and write down what came out.
 
-    python tools/sweep_timm.py                    # go on where the last run stopped; then write the table
+    python tools/sweep_timm.py                    # go on where the last run stopped
     python tools/sweep_timm.py --only 'levit*'    # some models
     python tools/sweep_timm.py --redo failed      # again what failed (or `all`)
     python tools/sweep_timm.py --part 0/2         # the first half; run the other beside it
 
 Nothing is downloaded and no weight has a value: everything runs on PyTorch's meta device. Each result is a line
-of the working file (`--work`); the table (`--table`) has one row for each model, sorted by name.
+of the working file (`--work`). Once no model is missing there, the table (`--table`) is written from it: one row
+for each model, sorted by name.
 """
 import argparse
 import fnmatch
 import functools
 import json
-import os
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -169,6 +168,11 @@ def write_table(path, rows):
     path.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
+def read_rows(path):
+    "Name -> its last row in the working file"
+    return {r["name"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="pattern of names")
@@ -184,7 +188,7 @@ def main():
     torch.set_num_threads(1)
     timm.create_model = without_values(timm.create_model)
     every = timm.list_models()
-    rows = {r["name"]: r for r in map(json.loads, args.work.read_text().splitlines())} if args.work.exists() else {}
+    rows = read_rows(args.work)
     wanted = set(args.names.read_text().split()) if args.names else set(fnmatch.filter(every, args.only))
     k, n = map(int, args.part.split("/"))
     todo = [m for m in every if m in wanted and not fnmatch.fnmatch(m, args.skip) and (m not in rows or args.redo == "all" or (args.redo == "failed" and not rows[m]["ok"]))]
@@ -196,10 +200,10 @@ def main():
         with open(args.work, "a") as f: f.write(json.dumps(row) + "\n")
         minutes = (time.monotonic() - began)/60
         print(f"{i}/{len(todo)} {minutes:.1f} min, {minutes/i*(len(todo) - i):.0f} to go | {name}: {row['reason'] or 'ok'}", flush=True)
-    print(f"{sum(r['ok'] for r in rows.values())} of {len(rows)} work; {len(set(every) - set(rows))} not tried yet")
-    write_table(args.table, {m: rows[m] for m in every if m in rows})
+    rows = read_rows(args.work)  # with what other parts have written meanwhile
+    missing = set(every) - set(rows)
+    print(f"{sum(r['ok'] for r in rows.values())} of {len(rows)} work; " + (f"{len(missing)} not tried yet, so no table is written" if missing else f"{args.table} is written"))
+    if not missing: write_table(args.table, {m: rows[m] for m in every})
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.exit(main())
+if __name__ == "__main__": main()

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from ..core.layers import LayerNorm2d
 from ..core.registry import check_choice
 from .base import EncoderMixin, _run, parameter_stages
-from .universal import find_fit, made_for, weightless
+from .universal import _cached, find_fit, made_for, weightless
 from .vit import block_facts, sample_block_indices_uniformly
 
 # %% ../../nbs/encoders/21_bridge.ipynb #level
@@ -169,7 +169,7 @@ def _build(name, pretrained, in_channels, indices, kwargs):
     if clash := {"features_only", "out_indices", "in_chans", "num_classes", "pretrained"} & set(kwargs):
         raise ValueError(f"{', '.join(map(repr, sorted(clash)))} of the timm model {name!r}: segkit sets it; use encoder_weights, in_channels and encoder_depth")
     try:
-        fit, norm = _block_fit(name, tuple(indices), tuple(sorted(kwargs.items())))
+        fit, norm = _cached(_block_fit, name, tuple(indices), given=kwargs)
         kwargs = dict(fit.arguments) | kwargs
         model = timm.create_model(name, pretrained=pretrained, in_chans=in_channels, **kwargs)
     except TypeError as error: raise TypeError(f"the timm model {name!r} does not take one of these arguments: {error}") from None

@@ -32,21 +32,21 @@ def sweep_rows() -> tuple[dict[str, Any], ...]: # A row for each timm model that
     return tuple({k: int(v or 0) if k in numbers else v for k, v in row.items()} for row in rows)
 
 # %% ../../nbs/encoders/90_catalog.ipynb #native
-_native: dict[tuple[str, int], dict[str, Any]] = {}
+_native: dict[tuple[str, Any, str], dict[str, Any]] = {}
 
 def _native_row(name):
     "What the registry and one build without values say of an encoder"
     entry = encoders[name]
-    key = (name, id(entry["encoder"]))  # a name may be registered again
+    key = (name, entry["encoder"], repr(entry.get("params")))  # a name may be registered again
     if key not in _native:
         row = {"name": name, "module": entry["encoder"].__module__.rpartition(".")[2], "kind": "native"}
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # old names are listed, too
                 encoder = get_encoder(name)
-            row |= {"parameters": sum(p.numel() for p in encoder.parameters()), "channels": ",".join(map(str, encoder.out_channels)), "ok": 1,
-                    "strides": ",".join(str(2**i) for i, c in enumerate(encoder.out_channels) if i and c), "reason": ""}
-        except Exception as error: row |= {"ok": 0, "reason": str(error)}
+            row |= {"parameters": sum(p.numel() for p in encoder.parameters()), "channels": ",".join(map(str, encoder.out_channels)),
+                    "strides": ",".join(str(2**i) for i, c in enumerate(encoder.out_channels) if i and c)}
+        except Exception as error: warnings.warn(f"encoder {name!r} has no numbers in the catalogue: {error}", stacklevel=3)
         _native[key] = row
     settings = entry.get("pretrained_settings", {})
     return _native[key] | {"tags": ",".join(settings), "licences": ",".join(s.get("license") or "unknown" for s in settings.values())}
@@ -67,7 +67,7 @@ def list_encoders(
     check_choice("kind", kind, [None, "native", "pyramid", "bridge"])
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     matches = lambda name: any(fnmatch(name, p.removeprefix("tu-")) for p in patterns)
-    rows = [row for row in map(_native_row, filter(matches, list(encoders)))] if kind in (None, "native") else []
+    rows = list(map(_native_row, filter(matches, list(encoders)))) if kind in (None, "native") else []
     rows += [row | {"name": "tu-" + row["name"]} for row in sweep_rows() if matches(row["name"]) and row["ok"]]
     rows = [_licensed(row, license) for row in rows]
     keep = [r for r in rows if (kind is None or r["kind"] == kind) and (pretrained is None or bool(r["tags"]) == pretrained) and (license is None or r["tags"])

@@ -103,7 +103,8 @@ class Preprocess(nn.Module):
         x: Tensor, # Pictures `(b, c, h, w)` or `(c, h, w)`
     ) -> Tensor: # Normalised pictures, float32 unless they were floating-point already
         low, high = self.value_range or ((0, 255) if x.dtype == torch.uint8 else (0, 1))
-        if not torch.compiler.is_compiling() and x.numel():  # a compiled model must not depend on values
+        doubtful = self.value_range or x.dtype != torch.uint8  # bytes hold nothing else than 0 to 255
+        if doubtful and not torch.compiler.is_compiling() and x.numel():  # a compiled model must not depend on values
             least, most = (v.item() for v in x.aminmax())
             if not low - 1e-3 <= least <= most <= high + 1e-3:
                 raise ValueError(f"the pictures have values from {least:g} to {most:g} and type {x.dtype}, expected {low:g} to {high:g}; pass value_range=(lowest, highest)")

@@ -31,6 +31,13 @@ class _WithoutValues(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0] if func in self.fills and args[0].is_meta else func(*args, **(kwargs or {}))
 
+def _cached(f, *key, given):
+    "What a cached function says of some arguments; anew each time if they cannot be keys, as a list cannot"
+    try: return f(*key, tuple(sorted(given.items())))
+    except TypeError as error:
+        if "unhashable" not in str(error): raise
+        return f.__wrapped__(*key, tuple(given.items()))
+
 @lru_cache(maxsize=3)
 def _weightless(name, given):
     import timm
@@ -41,10 +48,7 @@ def weightless(
     **kwargs, # Arguments of the timm model
 ) -> nn.Module: # The model on the meta device: shapes without values; not to be changed
     "A model to ask questions of; the last few are kept, since questions come in a row"
-    try: return _weightless(name, tuple(sorted(kwargs.items())))
-    except TypeError as error:
-        if "unhashable" not in str(error): raise
-        return _weightless.__wrapped__(name, tuple(kwargs.items()))
+    return _cached(_weightless, name, given=kwargs)
 
 # %% ../../nbs/encoders/02_universal.ipynb #facts
 @lru_cache(maxsize=None)
@@ -140,10 +144,7 @@ def pyramid_fit(
     **kwargs, # Arguments of the timm model
 ) -> Fit: # What it needs
     "Try the pyramid of a timm model, once for each name and arguments"
-    try: return _pyramid_fit(name, tuple(sorted(kwargs.items())))
-    except TypeError as error:
-        if "unhashable" not in str(error): raise
-        return _pyramid_fit.__wrapped__(name, tuple(kwargs.items()))
+    return _cached(_pyramid_fit, name, given=kwargs)
 
 @lru_cache(maxsize=None)
 def _pyramid_fit(name, given):
