@@ -2090,8 +2090,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'segkit.speed.upconv.JoinedGrid': ('speed/upconv.html#joinedgrid', 'segkit/speed/upconv.py'),
                                      'segkit.speed.upconv.JoinedGrid.__init__': ( 'speed/upconv.html#joinedgrid.__init__',
                                                                                   'segkit/speed/upconv.py'),
-                                     'segkit.speed.upconv.JoinedGrid._order': ( 'speed/upconv.html#joinedgrid._order',
-                                                                                'segkit/speed/upconv.py'),
                                      'segkit.speed.upconv.JoinedGrid.forward': ( 'speed/upconv.html#joinedgrid.forward',
                                                                                  'segkit/speed/upconv.py'),
                                      'segkit.speed.upconv.LinkedBlock': ('speed/upconv.html#linkedblock', 'segkit/speed/upconv.py'),

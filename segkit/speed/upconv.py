@@ -115,7 +115,7 @@ class JoinedGrid(nn.Module):
         super().__init__()
         self.grid, self.level, self.ends, self.stride = decoder.grid, decoder.level, decoder.ends, decoder.stride
         self.blocks = nn.ModuleDict()
-        for d, l in self._order():
+        for d, l in self.grid.order(self.level):
             block, (below, beside) = decoder.blocks[f"x_{d}_{l}"], self.grid.inputs(d, l)
             forms = {"plain": _Joining(block)}
             if isinstance(block.attention1.attention, nn.Identity):
@@ -124,13 +124,11 @@ class JoinedGrid(nn.Module):
                 forms["joined"] = joined(block, [below, *[beside//n]*n] if beside else widths)
             self.blocks[f"x_{d}_{l}"] = Forms(forms)
 
-    def _order(self): return sorted(self.grid.nodes(self.level), key=lambda node: (node[1], -node[0]))
-
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         depth, made = self.grid.depth, {}
-        for d, l in self._order():
+        for d, l in self.grid.order(self.level):
             stage = depth - 1 - l
             below = made[d, l - 1] if l > d else features[depth - d]
             beside = [made[i, l] for i in range(d + 1, l + 1) if (i, l) in made]
