@@ -156,16 +156,16 @@ class Report:
         compiled = all("peer compiled" in r.seconds for r in self.records)
         rows = [[f"{r.arch}", *(f"{1e3*r.seconds[k]:.0f}" for k in ("peer", "fused")), f"{r.gain():.2f}", f"{r.gain(over='peer channels last'):.2f}",
                  *([f"{r.gain(over='peer compiled'):.2f}"] if compiled else []),
-                 *(f"{r.memory[k]/2**20:.0f}" for k in ("peer", "fused")), f"{r.saving():.2f}", *(f"{r.work[k]/1e9:.1f}" for k in ("peer", "fused")),
+                 *(f"{r.memory[k]/2**20:.0f}" for k in ("peer", *(["peer compiled"] if compiled else []), "fused")), f"{r.saving():.2f}", *(f"{r.work[k]/1e9:.1f}" for k in ("peer", "fused")),
                  *(f"{r.work[k]/r.seconds[k]/self.peak:.0%}" for k in ("peer", "fused")), f"{r.difference:.0e}"] for r in self.records]
         means = [geometric_mean([r.gain(over=k) for r in self.records]) for k in ("peer", "peer channels last", *(["peer compiled"] if compiled else []))]
         saving = geometric_mean([r.saving() for r in self.records])
-        return [*rows, ["geometric mean", "", "", *(f"{m:.2f}" for m in means), "", "", f"{saving:.2f}", "", "", "", "", ""]]
+        return [*rows, ["geometric mean", "", "", *(f"{m:.2f}" for m in means), "", *([""] if compiled else []), "", f"{saving:.2f}", "", "", "", "", ""]]
 
     def header(self) -> list[str]: # Names of the columns
         compiled = all("peer compiled" in r.seconds for r in self.records)
         return ["architecture", "peer, ms", "fused, ms", "ratio", "over channels last", *(["over compiled"] if compiled else []),
-                "peer, MiB", "fused, MiB", "ratio", "peer, GMAC", "fused, GMAC", "peer, of peak", "fused, of peak", "difference"]
+                "peer, MiB", *(["compiled, MiB"] if compiled else []), "fused, MiB", "ratio", "peer, GMAC", "fused, GMAC", "peer, of peak", "fused, of peak", "difference"]
 
     def __str__(self) -> str:
         rows = [self.header(), *self.rows()]
