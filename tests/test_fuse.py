@@ -207,6 +207,16 @@ def test_unread_maps_are_not_kept(name):
     assert_equal(outputs(fused, x), outputs(model, x), 1e-4)
 
 
+@pytest.mark.parametrize("arch", ["unet", "manet", "linknet"])
+def test_maps_may_come_in_a_tuple(arch):
+    "A decoder that takes its maps out of the list gets one of its own"
+    class Frozen(Tiny):
+        def forward(self, x): return tuple(super().forward(x))
+    model = build(arch, Frozen())
+    x = torch.randn(1, 3, 64, 64)
+    assert_equal(outputs(fuse(model), x), outputs(model, x), 1e-4)
+
+
 def test_batches_in_pieces(models):
     "Images one, two or four at a time give what the whole batch gives, masks and labels"
     _, fused = models("unet")

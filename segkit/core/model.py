@@ -213,7 +213,7 @@ class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]: # Mask `(b, classes, h, w)`, or mask and label `(b, labels)`
         check_images(x, self.encoder.in_channels)
         pad = pad_to_multiple if self.requires_divisible_input_shape else pad_to_least
-        features = self.encoder(pad(x, self.encoder.output_stride))
+        features = list(self.encoder(pad(x, self.encoder.output_stride)))  # a decoder that `spends` takes them out of it
         deepest, decoded = features[-1], self.decoder(features)
         del features  # the finer maps need not outlive the decoder
         mask = self.crop(self.segmentation_head(decoded), *x.shape[-2:])
