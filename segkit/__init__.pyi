@@ -4,16 +4,18 @@ from . import data as data
 from . import decoders as decoders
 from . import encoders as encoders
 from . import heads as heads
+from . import inference as inference
+from . import inspect as inspect
 from . import learner as learner
 from . import losses as losses
 from . import metrics as metrics
+from . import model as model
 from . import speed as speed
-from . import vis as vis
-from .core.building import skip_init as skip_init
-from .core.create import MODEL_ARCHITECTURES_MAPPING as MODEL_ARCHITECTURES_MAPPING
-from .core.create import create_model as create_model
-from .core.hub import from_pretrained as from_pretrained
-from .core.model import SegmentationModel as SegmentationModel
+from .core.init import skip_init as skip_init
+from .model.create import MODEL_ARCHITECTURES_MAPPING as MODEL_ARCHITECTURES_MAPPING
+from .model.create import create_model as create_model
+from .model.hub import from_pretrained as from_pretrained
+from .model.model import SegmentationModel as SegmentationModel
 from .decoders.deeplabv3 import DeepLabV3 as DeepLabV3
 from .decoders.deeplabv3plus import DeepLabV3Plus as DeepLabV3Plus
 from .decoders.dpt import DPT as DPT
@@ -28,7 +30,7 @@ from .decoders.unetplusplus import UnetPlusPlus as UnetPlusPlus
 from .decoders.upernet import UPerNet as UPerNet
 from .encoders.catalog import list_encoders as list_encoders
 from .learner.learner import segmentation_learner as segmentation_learner
-from .speed.fuse import fuse as fuse
-from .speed.profiling import profile as profile
+from .inference.fuse import fuse as fuse
+from .inspect.profiling import profile as profile
 
 __version__: str

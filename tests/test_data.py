@@ -36,7 +36,7 @@ def start(code, folder):
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 def test_import_is_light():
-    code = "import sys, segkit.data.cache, segkit.data.weights; print([m for m in ('fastai', 'timm', 'nilearn') if m in sys.modules])"
+    code = "import sys, segkit.core.cache, segkit.data.weights; print([m for m in ('fastai', 'timm', 'nilearn') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 def test_names_resolve():

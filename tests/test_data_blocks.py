@@ -19,7 +19,8 @@ from torch import nn
 import segkit
 from segkit.data import MaskDataLoaders, SegmentationBlocks, data_statistics
 from segkit.data.blocks import VOID, TensorChannels, TensorVoidMask, read_array
-from segkit.learner import MaskScore, segmentation_learner, shims
+from segkit.data import shims
+from segkit.learner import MaskScore, segmentation_learner
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]

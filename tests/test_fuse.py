@@ -12,9 +12,9 @@ from torch.export import Dim, export
 import segkit
 from segkit.core.registry import architectures
 from segkit.encoders.base import EncoderMixin
-from segkit.speed.fuse import Fused, fuse
-from segkit.speed.packed import PackedConv2d
-from segkit.speed.rewrites import Forms, settle
+from segkit.inference.fuse import Fused, fuse
+from segkit.inference.packed import PackedConv2d
+from segkit.inference.rewrites import Forms, settle
 
 LABELS = {"classes": 3, "pooling": "avg", "dropout": 0.3}
 FIVE = dict(decoder_channels=(32, 24, 16, 12, 8))
@@ -123,7 +123,7 @@ def test_both_forms_of_each_part(arch):
             seen.append(choices := settle(m))
             return choices
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("segkit.speed.fuse.settle", choose)
+            patch.setattr("segkit.inference.fuse.settle", choose)
             fused = fuse(model)
         assert_equal(outputs(fused, x), expected, 1e-12)
     assert seen[0] and [c.chosen for c in seen[0]] != [c.chosen for c in seen[1]]
@@ -190,7 +190,7 @@ def test_says_what_it_cannot_do(models):
 def test_a_wrong_rewrite_is_refused(monkeypatch):
     "The result is compared with the model before it is returned"
     from segkit.decoders.linknet import LinknetBlock
-    from segkit.speed.rewrites import rewrites
+    from segkit.inference.rewrites import rewrites
     monkeypatch.setitem(rewrites.table, LinknetBlock, lambda block, x, skip=None: block.block)  # forgets the skip
     monkeypatch.setattr(nn.Sequential, "forward", lambda self, x, *ignored: [x := m(x) for m in self][-1] if len(self) else x)
     with pytest.raises(RuntimeError, match="differs from the original"): fuse(build("linknet"))

@@ -22,7 +22,7 @@ from fastai.vision.learner import _timm_norm
 from torch import nn
 
 from segkit.data.shapes import shapes_dataloaders
-from segkit.learner import shims
+from segkit.data import shims
 from segkit.losses import MultiTaskLoss
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]

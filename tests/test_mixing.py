@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from segkit.data import shapes_dataloaders
-from segkit.learner import ClassMix, MaskCutMix, MaskMixUp, segmentation_learner, shims
+from segkit.data import shims
+from segkit.learner import ClassMix, MaskCutMix, MaskMixUp, segmentation_learner
 from segkit.losses import DiceLoss, MultiTaskLoss
 
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ def test_bytes_by_hand():
 def test_every_architecture(name):
     encoder, size = ("tu-vit_tiny_patch16_224", 32) if name == "dpt" else ("resnet18", 64)
     model = segkit.create_model(name, encoder, encoder_weights=None, aux_params={"classes": 2})
-    p, counted = segkit.profile(model, size, repeats=1), segkit.vis.cost(model, size)
+    p, counted = segkit.profile(model, size, repeats=1), segkit.inspect.cost(model, size)
     assert {n: (b.parameters, b.multiply_adds) for n, b in counted.bills.items()} == {n: (p.parts[n].parameters, p.parts[n].multiply_adds) for n in counted.bills}
     assert all(p[g].seconds > 0 and p[g].live > 0 for g in ("encoder", "decoder", "heads")) and p["decoder"].kept > 0
     assert "encoder, rest" not in p.parts

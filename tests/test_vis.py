@@ -1,4 +1,4 @@
-"""`segkit.vis`: lazy, and true for architectures that it has never seen."""
+"""`segkit.inspect`: lazy, and true for architectures that it has never seen."""
 import subprocess
 import sys
 import warnings
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from segkit.vis import cost, draw, photograph, trace
+from segkit.inspect import cost, draw, photograph, trace
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -86,15 +86,15 @@ def test_the_model_is_left_as_it_was():
 def run(code): subprocess.run([sys.executable, "-c", code], check=True)
 
 def test_import_is_lazy():
-    run("import sys, segkit.vis; assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)")
-    run("import sys; from segkit.vis import draw, cost, strip, photograph\n"
+    run("import sys, segkit.inspect; assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)")
+    run("import sys; from segkit.inspect import draw, cost, strip, photograph\n"
         "assert not {'timm', 'sklearn', 'scipy', 'IPython', 'fastai', 'torchvision'} & set(sys.modules)")
 
 def test_names_resolve():
-    import segkit.vis
+    import segkit.inspect
     modules = {"pictures", "wiring", "drawing", "costs"}
-    assert not modules & set(segkit.vis.__all__)   # a name equal to a module's would hide it
-    for name in segkit.vis.__all__: assert getattr(segkit.vis, name) is not None
+    assert not modules & set(segkit.inspect.__all__)   # a name equal to a module's would hide it
+    for name in segkit.inspect.__all__: assert getattr(segkit.inspect, name) is not None
 
 def test_photograph_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)

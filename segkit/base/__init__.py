@@ -2,10 +2,10 @@
 import importlib
 
 _homes = {
-    "SegmentationModel": "segkit.core.model", "SegmentationHead": "segkit.heads.segmentation", "ClassificationHead": "segkit.heads.classification",
+    "SegmentationModel": "segkit.model.model", "SegmentationHead": "segkit.heads.segmentation", "ClassificationHead": "segkit.heads.classification",
     "Conv2dReLU": "segkit.core.layers", "Attention": "segkit.core.layers",
 }
-_modules = {"modules": "segkit.core.layers", "initialization": "segkit.core.layers", "model": "segkit.core.model", "heads": "segkit.heads", "hub_mixin": "segkit.core.hub"}
+_modules = {"modules": "segkit.core.layers", "initialization": "segkit.core.layers", "model": "segkit.model.model", "heads": "segkit.heads", "hub_mixin": "segkit.model.hub"}
 __all__ = [*_homes, *_modules]
 
 

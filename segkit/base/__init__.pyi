@@ -1,10 +1,10 @@
 from .. import heads as heads
-from ..core import hub as hub_mixin
+from ..model import hub as hub_mixin
 from ..core import layers as initialization
 from ..core import layers as modules
-from ..core import model as model
+from ..model import model as model
 from ..core.layers import Attention as Attention
 from ..core.layers import Conv2dReLU as Conv2dReLU
-from ..core.model import SegmentationModel as SegmentationModel
+from ..model.model import SegmentationModel as SegmentationModel
 from ..heads.classification import ClassificationHead as ClassificationHead
 from ..heads.segmentation import SegmentationHead as SegmentationHead

@@ -1,4 +1,4 @@
-"""What all architectures share: names, layers, the model."""
+"""What everything stands on: names, layers, sizes, tasks, files."""
 
 import lazy_loader as lazy
 

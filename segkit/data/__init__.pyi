@@ -1,10 +1,9 @@
-from . import archive as archive
 from . import blocks as blocks
 from . import brain as brain
-from . import cache as cache
 from . import camvid as camvid
 from . import loaders as loaders
 from . import pets as pets
+from . import display as display
 from . import presence as presence
 from . import shapes as shapes
 from . import statistics as statistics
@@ -18,6 +17,8 @@ from .brain import brain_slices as brain_slices
 from .brain import intensity_lookup as intensity_lookup
 from .brain import lookup_masks as lookup_masks
 from .camvid import camvid_dataloaders as camvid_dataloaders
+from .display import show_masks as show_masks
+from .display import show_predictions as show_predictions
 from .loaders import MaskDataLoaders as MaskDataLoaders
 from .pets import pets_dataloaders as pets_dataloaders
 from .presence import LabelFromMask as LabelFromMask
@@ -25,4 +26,7 @@ from .presence import present_classes as present_classes
 from .shapes import shapes_dataloaders as shapes_dataloaders
 from .statistics import Statistics as Statistics
 from .statistics import data_statistics as data_statistics
+from .targets import Targets as Targets
+from .targets import check_items as check_items
+from .targets import read_targets as read_targets
 from .weights import lite0_weights as lite0_weights

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import segkit.learner.display  # noqa: F401 - first: it filters the warnings of fastai's import, and shows batches in our colours
+import segkit.data.display  # noqa: F401 - first: it filters the warnings of fastai's import, and shows batches in our colours
 
 from fastai.data.block import CategoryBlock, MultiCategoryBlock, TransformBlock
 from fastai.data.transforms import IntToFloatTensor

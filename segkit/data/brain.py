@@ -24,7 +24,7 @@ from fastai.data.transforms import FuncSplitter
 from PIL import Image
 from torch import Tensor
 
-from .cache import build_once, cache_folder
+from ..core.cache import build_once, cache_folder
 
 # %% ../../nbs/data/03_brain.ipynb #read
 def read_volumes() -> tuple[np.ndarray, np.ndarray, np.ndarray]: # T1, grey and white matter, each 197 x 233 x 189, from 0 to 1

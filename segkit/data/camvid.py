@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .archive import Archive, download
+from ..core.archive import Archive, download
 from .loaders import MaskDataLoaders, by_split, read_codes  # before fastai: it filters the warnings of its import
 
 from fastai.data.transforms import get_image_files

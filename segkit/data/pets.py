@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 
 from ..core.registry import check_choice
-from .archive import Archive, download
+from ..core.archive import Archive, download
 from .loaders import MaskDataLoaders, by_split  # before fastai: it filters the warnings of its import
 
 from fastai.vision.augment import Resize

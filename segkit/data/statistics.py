@@ -86,7 +86,7 @@ def data_statistics(
     progress: bool = True, # Show a progress bar
 ) -> Statistics: # Statistics of the training set
     "Statistics of the channels and of the classes, in one pass"
-    from segkit.learner.targets import find
+    from segkit.data.targets import find
     items = dls.train_ds if isinstance(dls, DataLoaders) else dls
     if codes is None and isinstance(dls, DataLoaders): codes = find(dls, "codes")
     if codes is None: raise ValueError("the names of the classes are missing: give `codes`")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..core.layers import Activation, BatchNorm2d, resize
-from ..core.model import SegmentationModel, check_images, pad_to_multiple
+from ..model.model import SegmentationModel, check_images, pad_to_multiple
 from ..core.registry import architectures, check_choice
 from ..encoders.vit import get_vit_encoder
 from ..heads.classification import ClassificationHead

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn, Tensor
 
 from ..core.layers import Conv2dReLU, get_norm_layer
-from ..core.model import SegmentationModel
+from ..model.model import SegmentationModel
 from ..core.registry import architectures
 from ..encoders.base import get_encoder
 from ..heads.classification import ClassificationHead

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..core.layers import Conv2dReLU, channel_gate, conv_enlarged, doubles, repeating, resize
-from ..core.model import SegmentationModel
+from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .unet import check_widths
 from ..encoders.base import get_encoder

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..core.layers import BatchNorm2d, resize
-from ..core.model import SegmentationModel, pad_to_least
+from ..model.model import SegmentationModel, pad_to_least
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
 from ..heads.classification import ClassificationHead

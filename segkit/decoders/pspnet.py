@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..core.layers import Conv2dReLU, resize
-from ..core.model import SegmentationModel
+from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
 from ..heads.classification import ClassificationHead

@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 
 from ..core.layers import initialize_head
-from ..core.model import SegmentationModel, check_images, pad_to_multiple
+from ..model.model import SegmentationModel, check_images, pad_to_multiple
 from ..core.registry import architectures, check_choice
 from .unet import UnetDecoderBlock, check_widths
 from ..encoders.base import get_encoder

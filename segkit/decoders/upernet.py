@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 
 from ..core.layers import Conv2dReLU, LayerNorm2d, resize
-from ..core.model import SegmentationModel
+from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .pspnet import GridMean
 from ..encoders.base import get_encoder

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.model import pad_to_least
+from ..model.model import pad_to_least
 from ..core.registry import encoders
 from .base import EncoderMixin
 from .native import smp_weights

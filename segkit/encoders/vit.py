@@ -15,7 +15,7 @@ import torch
 from torch import nn, Tensor
 
 from ..core.layers import resize
-from ..core.model import pad_to_multiple
+from ..model.model import pad_to_multiple
 from ..core.registry import encoders
 from .base import EncoderMixin, parameter_stages
 from .universal import _no_timm_model, _pretrained, weightless

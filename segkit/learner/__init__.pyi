@@ -4,8 +4,6 @@ from .callbacks import EMA as EMA
 from .callbacks import Checkpoint as Checkpoint
 from .callbacks import FreezeBatchNorm as FreezeBatchNorm
 from .callbacks import GuardMixing as GuardMixing
-from .display import show_masks as show_masks
-from .display import show_predictions as show_predictions
 from .interpret import SegmentationInterpretation as SegmentationInterpretation
 from .learner import SegmentationLearner as SegmentationLearner
 from .learner import default_loss as default_loss
@@ -20,7 +18,3 @@ from .mixing import MaskCutMix as MaskCutMix
 from .mixing import MaskMixUp as MaskMixUp
 from .splitter import CheckedSplitter as CheckedSplitter
 from .splitter import segmentation_splitter as segmentation_splitter
-from .targets import Targets as Targets
-from .targets import check_items as check_items
-from .targets import read_targets as read_targets
-from .views import View as View

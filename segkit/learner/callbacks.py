@@ -18,13 +18,13 @@ from torch import distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import shims  # noqa: F401  first: it filters the warnings of fastai's import
+from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import num_distrib, rank_distrib
 from .splitter import unwrap
-from .targets import Targets, check_items, wrong_values
+from ..data.targets import Targets, check_items, wrong_values
 
 # %% ../../nbs/learner/04_callbacks.ipynb #freeze
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from . import shims  # first: it filters the warnings of fastai's import
+from ..data import shims  # first: it filters the warnings of fastai's import
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 

@@ -18,16 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from . import shims  # noqa: F401  first: it filters the warnings of fastai's import
+from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
 from fastai.callback.core import Callback
 from fastai.interpret import Interpretation
 from ..core.registry import check_choice
-from .display import as_picture, painted, show_predictions
+from ..data.display import as_picture, painted, show_predictions
 from .learner import SegmentationLearner
 from .metrics import plain
-from .targets import Targets
+from ..data.targets import Targets
 from ..metrics.confusion import ConfusionMatrix
-from ..vis import palette
+from ..inspect import palette
 
 # %% ../../nbs/learner/05_interpret.ipynb #collect
 class SegmentationInterpretation(Interpretation):

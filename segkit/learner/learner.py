@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn, Tensor
 
-from . import shims  # noqa: F401  first: it filters the warnings of fastai's import
+from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
 from fastai.callback import all as _callbacks  # noqa: F401  adds `fit_one_cycle`, `fine_tune`, `lr_find`, `to_bf16` to `Learner`
 from fastai.callback.core import CancelEpochException
 from fastai.data.core import DataLoaders
@@ -33,13 +33,13 @@ from fasttransform.cast import retain_type
 from ..core.registry import architectures, check_keywords, did_you_mean
 from ..encoders.preprocessing import get_preprocessing_params, unit_statistics
 from .callbacks import RECORDED, CheckLoss, CheckTargets, FreezeBatchNorm, GuardMixing
-from .display import show_predictions
+from ..data.display import show_predictions
 from .distributed import several_processes
 from .metrics import default_metrics
 from .splitter import CheckedSplitter, segmentation_splitter, unwrap
-from .targets import Targets, check_items, read_targets
-from .tiles import tiled
-from .views import View, ViewsModel, to_probs
+from ..data.targets import Targets, check_items, read_targets
+from ..inference.tiles import tiled
+from ..inference.views import View, ViewsModel, to_probs
 from ..losses.distribution import SoftBCEWithLogitsLoss
 from ..losses.multitask import MultiTaskLoss, SumLoss, Task
 from ..losses.region import DiceLoss

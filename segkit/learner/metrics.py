@@ -14,12 +14,12 @@ import numpy as np
 from sklearn.metrics import f1_score
 from torch import Tensor
 
-from . import shims  # noqa: F401  first: it filters the warnings of fastai's import
+from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
 from fastai.learner import Learner, Metric, mk_metric
 from fastai.metrics import AccumMetric, accuracy, skm_to_fastai
 from fastai.torch_core import find_bs
 from ..core.registry import check_choice
-from .targets import Targets
+from ..data.targets import Targets
 from ..metrics.confusion import ConfusionMatrix
 
 # %% ../../nbs/learner/01_metrics.ipynb #view

@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import shims  # noqa: F401  first: it filters the warnings of fastai's import
+from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fasttransform.cast import retain_type
 from ..core.registry import check_choice
 from ..data.presence import LabelFromMask, present_classes
-from .targets import find
+from ..data.targets import find
 
 # %% ../../nbs/learner/07_mixing.ipynb #paste
 def blend(

@@ -1,4 +1,5 @@
-"""Exact fast forms, and where the time goes"""
+"""Benchmarks."""
+
 import lazy_loader as lazy
 
 __getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -22,11 +22,11 @@ import torch
 from torch import nn, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.create import create_model
+from ..model.create import create_model
 from ..core.registry import architectures
-from .fuse import fuse
-from .memory import memory_trace
-from .rewrites import race
+from ..inference.fuse import fuse
+from ..inference.memory import memory_trace
+from ..inference.rewrites import race
 
 # %% ../../nbs/speed/90_benchmark.ipynb #measures
 @torch.no_grad()

@@ -1,0 +1,5 @@
+"""From a trained model to an answer: faster forms, views, tiles."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""To look at a network: pictures, wiring, drawings, costs, profiles."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

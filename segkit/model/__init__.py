@@ -1,0 +1,5 @@
+"""The model: encoder, decoder, one head or two; by name, and from a folder."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)
