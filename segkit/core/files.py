@@ -106,6 +106,7 @@ def fetch(
         if not target.exists(): _complete(url, sha256, target)
     return target
 
+# %% ../../nbs/core/06a_files.ipynb #fetch-parts
 def _complete(url, sha256, target):
     "Download to `target`, by a part file that the next call can go on with"
     part = target.with_name(target.name + ".part")

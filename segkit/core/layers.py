@@ -18,7 +18,7 @@ from .registry import check_choice, did_you_mean
 
 # %% ../../nbs/core/01_layers.ipynb #layernorm
 class LayerNorm2d(nn.LayerNorm):
-    "[Layer normalisation](https://arxiv.org/abs/1607.06450) (Ba et al., 2016) over the channels of a map, at each pixel"
+    "[Layer norm](https://arxiv.org/abs/1607.06450) (Ba et al., 2016) over the channels, at each pixel"
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Map `(b, c, h, w)`, at each pixel of mean 0 and variance 1 before weight and bias
@@ -30,59 +30,70 @@ class LayerNorm2d(nn.LayerNorm):
 
 # %% ../../nbs/core/01_layers.ipynb #batchnorm
 class BatchNorm2d(nn.BatchNorm2d):
-    "[Batch normalisation](https://arxiv.org/abs/1502.03167) (Ioffe and Szegedy, 2015) that also trains on one value a channel"
+    "[Batch norm](https://arxiv.org/abs/1502.03167) (Ioffe and Szegedy, 2015), also of one value a channel"
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Map `(b, c, h, w)`
-        if self.training and self.track_running_stats and x.shape[0]*x.shape[2]*x.shape[3] == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
-        return super().forward(x)
+        one_value = self.training and self.track_running_stats and x[:, 0].numel() == 1
+        if not one_value: return super().forward(x)
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight, self.bias, training=False, eps=self.eps)
 
 # %% ../../nbs/core/01_layers.ipynb #instancenorm
 class InstanceNorm2d(nn.InstanceNorm2d):
-    "[Instance normalisation](https://arxiv.org/abs/1607.08022) (Ulyanov et al., 2016) that also takes maps of a single place"
+    "[Instance norm](https://arxiv.org/abs/1607.08022) (Ulyanov et al., 2016), also of a single place"
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Map `(b, c, h, w)`
-        if x.shape[2]*x.shape[3] > 1 or (self.track_running_stats and not self.training): return super().forward(x)
+        stored = self.track_running_stats and not self.training
+        if stored or x[0, 0].numel() > 1: return super().forward(x)
         centred = x - x  # zero, with a gradient for whatever comes before
-        return centred if self.weight is None else centred*self.weight[:, None, None] + self.bias[:, None, None]
+        if self.weight is None: return centred
+        return centred*self.weight[:, None, None] + self.bias[:, None, None]
 
 # %% ../../nbs/core/01_layers.ipynb #norms
 def _groupnorm(channels, num_groups=None, **options):
     groups = num_groups or next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
-    if channels % groups: raise ValueError(f"num_groups={groups} does not divide the {channels} channels that it normalises")
+    if channels % groups:
+        raise ValueError(f"num_groups={groups} does not divide the {channels} channels that it normalises")
     return nn.GroupNorm(groups, channels, **options)
 
 def _inplace(channels, **options):
     try: from inplace_abn import InPlaceABN
     except ImportError:
-        raise RuntimeError("the norm 'inplace' needs the package inplace_abn: pip install inplace-abn, or use 'batchnorm'") from None
+        raise RuntimeError("the norm 'inplace' needs the package inplace_abn: "
+                           "pip install inplace-abn, or use 'batchnorm'") from None
     return InPlaceABN(channels, **{"activation": "leaky_relu", "activation_param": .01} | options)
+
+def _instancenorm(channels, affine=True, **options):
+    return InstanceNorm2d(channels, affine=affine, **options)
 
 norms: dict[str, Callable[..., nn.Module]] = {
     "batchnorm": BatchNorm2d,
     "groupnorm": _groupnorm,
     "layernorm": LayerNorm2d,
-    "instancenorm": lambda channels, **options: InstanceNorm2d(channels, **{"affine": True} | options),
+    "instancenorm": _instancenorm,
     "identity": lambda channels: nn.Identity(),
     "inplace": _inplace,
 }
 
 # %% ../../nbs/core/01_layers.ipynb #get-norm
 def get_norm_layer(
-    use_norm: bool | str | Mapping[str, Any], # Name in `norms`, True for batchnorm, False for identity, or `{"type": name, **options}`
+    use_norm: bool | str | Mapping[str, Any], # Name in `norms`, a bool, or `{"type": name, **options}`
     out_channels: int, # Channels of the map to normalise
 ) -> nn.Module: # The norm
     "Build a norm from its name"
     options = {}
     if isinstance(use_norm, Mapping):
         options = dict(use_norm)
-        if "type" not in options: raise ValueError(f"use_norm={use_norm!r} has no 'type'; give one of {', '.join(map(repr, norms))}")
+        if "type" not in options:
+            raise ValueError(f"use_norm={use_norm!r} has no 'type'; give one of {', '.join(map(repr, norms))}")
         use_norm = options.pop("type")
-    if isinstance(use_norm, bool): use_norm = "batchnorm" if use_norm else "identity"
+    if use_norm is True: use_norm = "batchnorm"
+    if use_norm is False: use_norm = "identity"
     if not isinstance(use_norm, str) or use_norm.lower() not in norms:
-        raise ValueError(f"use_norm={use_norm!r}: expected a bool, a dict with 'type', or a name; {did_you_mean(use_norm, norms)}")
+        raise ValueError(f"use_norm={use_norm!r}: expected a bool, a dict with 'type', or a name; "
+                         + did_you_mean(use_norm, norms))
     return norms[use_norm.lower()](out_channels, **options)
 
 # %% ../../nbs/core/01_layers.ipynb #conv
@@ -98,9 +109,9 @@ class Conv2dReLU(nn.Sequential):
     ):
         norm = get_norm_layer(use_norm, out_channels)
         has_norm = not isinstance(norm, nn.Identity)
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=not has_norm)
-        # InPlaceABN is norm and activation in one
-        super().__init__(conv, norm, nn.Identity() if type(norm).__name__ == "InPlaceABN" else nn.ReLU(inplace=True))
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=not has_norm)
+        has_activation = type(norm).__name__ == "InPlaceABN"  # norm and activation in one
+        super().__init__(conv, norm, nn.Identity() if has_activation else nn.ReLU(inplace=True))
 
 # %% ../../nbs/core/01_layers.ipynb #argmax
 class ArgMax(nn.Module):
@@ -142,13 +153,15 @@ activations: dict[str | None, Callable[..., nn.Module]] = {
 class Activation(nn.Module):
     "An activation by name, class or module"
     def __init__(self,
-        name: str | Callable | nn.Module | None, # Name in `activations`, a class or factory to call with `params`, or a module
+        name: str | Callable | nn.Module | None, # Name in `activations`, a class or factory, or a module
         **params, # Arguments of the activation, such as `dim`
     ):
         super().__init__()
         if isinstance(name, nn.Module): self.activation = name
         elif callable(name): self.activation = name(**params)
-        else: self.activation = activations[check_choice("activation", name, activations)](**params)
+        else:
+            check_choice("activation", name, activations)
+            self.activation = activations[name](**params)
 
     def forward(self,
         x: Tensor, # Logits
@@ -159,15 +172,15 @@ class Activation(nn.Module):
 def channel_gate(
     channels: int, # Channels of the map
     reduction: int = 16, # How much narrower the network is in the middle
-) -> nn.Sequential: # From a map `(b, channels, h, w)` to weights between 0 and 1, `(b, channels, 1, 1)`
-    "[Squeeze and excitation](https://arxiv.org/abs/1709.01507) (Hu et al., 2018), without the multiplication"
+) -> nn.Sequential: # From a map `(b, channels, h, w)` to weights from 0 to 1 `(b, channels, 1, 1)`
+    "[Squeeze and excitation](https://arxiv.org/abs/1709.01507) (Hu et al., 2018), only the weights"
     middle = max(1, channels//reduction)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, middle, 1), nn.ReLU(inplace=True),
-                         nn.Conv2d(middle, channels, 1), nn.Sigmoid())
+    squeeze = nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, middle, 1), nn.ReLU(inplace=True)
+    return nn.Sequential(*squeeze, nn.Conv2d(middle, channels, 1), nn.Sigmoid())
 
 # %% ../../nbs/core/01_layers.ipynb #scse
 class SCSEModule(nn.Module):
-    "[Concurrent spatial and channel squeeze and excitation](https://arxiv.org/abs/1803.02579) (Roy et al., 2018)"
+    "Squeeze and excitation of channels and of places [(Roy et al., 2018)](https://arxiv.org/abs/1803.02579)"
     def __init__(self,
         in_channels: int, # Channels of the map
         reduction: int = 16, # How much narrower the channel network is in the middle
@@ -188,7 +201,8 @@ class Attention(nn.Module):
         **params, # Arguments of the attention, such as `in_channels`
     ):
         super().__init__()
-        self.attention = nn.Identity() if check_choice("attention_type", name, [None, "scse"]) is None else SCSEModule(**params)
+        check_choice("attention_type", name, [None, "scse"])
+        self.attention = nn.Identity() if name is None else SCSEModule(**params)
 
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`

@@ -22,7 +22,8 @@ def nearest(
 ) -> list[str]: # The most similar names, best first; empty when nothing is similar
     "Names that `name` may have been meant for"
     lowered = {str(known).lower(): known for known in reversed(list(names))}
-    return [lowered[match] for match in difflib.get_close_matches(str(name).lower(), lowered, n=n, cutoff=.5)]
+    matches = difflib.get_close_matches(str(name).lower(), lowered, n=n, cutoff=.5)
+    return [lowered[match] for match in matches]
 
 # %% ../../nbs/core/00_registry.ipynb #hint
 def did_you_mean(
@@ -62,7 +63,8 @@ def check_keywords(
     "Raise `TypeError` unless every keyword that was `given` is `allowed`"
     allowed = list(allowed)
     for name in given:
-        if name not in allowed: raise TypeError(f"{owner} has no argument {name!r}; {did_you_mean(name, allowed)}")
+        if name in allowed: continue
+        raise TypeError(f"{owner} has no argument {name!r}; {did_you_mean(name, allowed)}")
 
 # %% ../../nbs/core/00_registry.ipynb #unknown
 class UnknownName(KeyError):
@@ -91,10 +93,11 @@ class LazyTable(MutableMapping):
         self._state = "loading"  # the modules may look up names themselves
         try:
             package = import_module(self.package)
-            for module in iter_modules(package.__path__): import_module(f"{self.package}.{module.name}")
+            for module in iter_modules(package.__path__):
+                import_module(f"{self.package}.{module.name}")
             self._state = "loaded"
-        finally:
-            if self._state == "loading": self._state = "new"  # half a table must not pass for a whole one
+        finally:  # half a table must not pass for a whole one
+            if self._state == "loading": self._state = "new"
 
     def __getitem__(self, name): return self.load()[name]
     def __setitem__(self, name, entry): self.load()[name] = entry
@@ -114,7 +117,9 @@ class Registry(LazyTable):
 
     def __getitem__(self, name):
         try: return super().__getitem__(name)
-        except KeyError: raise UnknownName(f"there is no {self.kind} {name!r}; {did_you_mean(name, self)}") from None
+        except KeyError:
+            hint = did_you_mean(name, self)
+            raise UnknownName(f"there is no {self.kind} {name!r}; {hint}") from None
 
     def register(self,
         name: str, # Name to enter

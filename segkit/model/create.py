@@ -21,8 +21,11 @@ def create_model(
     **kwargs, # Further arguments of the architecture
 ) -> SegmentationModel: # The model
     "Build a model by the names of its architecture and its encoder"
-    if not isinstance(arch, str): raise TypeError(f"arch={arch!r}: expected a name such as 'unet'; a class is called directly")
-    return architectures[arch.lower()](encoder_name=encoder_name, encoder_weights=encoder_weights, in_channels=in_channels, classes=classes, **kwargs)
+    if not isinstance(arch, str):
+        raise TypeError(f"arch={arch!r}: expected a name such as 'unet'; a class is called directly")
+    build = architectures[arch.lower()]
+    return build(encoder_name=encoder_name, encoder_weights=encoder_weights,
+                 in_channels=in_channels, classes=classes, **kwargs)
 
 # %% ../../nbs/model/03_create.ipynb #mapping
 MODEL_ARCHITECTURES_MAPPING = architectures

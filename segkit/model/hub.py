@@ -73,7 +73,8 @@ def class_of(
     if asked is not None and name == import_path(asked): return asked
     if ":" in name: return import_class(name, where, trust_remote_code)
     if name.lower() not in architectures:
-        raise KeyError(f"{where}: segkit has no architecture {name!r}; {did_you_mean(name.lower(), architectures)}")
+        hint = did_you_mean(name.lower(), architectures)
+        raise KeyError(f"{where}: segkit has no architecture {name!r}; {hint}")
     return architectures[name.lower()]
 
 # %% ../../nbs/model/01_hub.ipynb #save
@@ -163,6 +164,7 @@ def _built_from(name, hub, strict, trust_remote_code, overrides, asked):
     else: _load_what_fits(model, state)
     return model.eval()
 
+# %% ../../nbs/model/01_hub.ipynb #build-parts
 def _preprocessing(name, hub):
     "What the folder says of its pictures; SMP's folders say nothing"
     try: file = _file(name, "preprocessing.json", hub)
@@ -174,7 +176,8 @@ def _read_json(file):
     "The mapping that a JSON file holds"
     try: content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
-        raise ValueError(f"{file} cannot be read as JSON ({error}): it is damaged, or was cut off when it was written") from error
+        raise ValueError(f"{file} cannot be read as JSON ({error}): "
+                         "it is damaged, or was cut off when it was written") from error
     if isinstance(content, dict): return content
     raise ValueError(f"{file} holds a {type(content).__name__}, expected a mapping from names to values")
 
@@ -200,7 +203,8 @@ def _load_what_fits(model, state):
     "Load the tensors whose name and shape fit, and print what became of each part"
     own = model.state_dict()
     fits = {name for name, t in state.items() if name in own and own[name].shape == t.shape}
-    if not fits: raise ValueError(f"none of the {len(state)} tensors of the file fits this {type(model).__name__}")
+    if not fits:
+        raise ValueError(f"none of the {len(state)} tensors of the file fits this {type(model).__name__}")
     print(f"{'part':22}{'loaded':>8}{'other shape':>13}{'not in file':>13}{'not in model':>14}")
     for part in sorted({name.split(".")[0] for name in [*own, *state]}):
         here = {name for name in own if name.split(".")[0] == part}
@@ -239,6 +243,7 @@ def model_card(
     if metrics: parts.append(_card_table("Scores", dict(metrics)))
     return "\n".join(parts)
 
+# %% ../../nbs/model/01_hub.ipynb #card-parts
 _CARD_HEAD = """---
 library_name: segkit
 pipeline_tag: image-segmentation
@@ -261,6 +266,7 @@ def _card_table(title, values):
     "A section of a model card"
     return f"## {title}\n\n```json\n{json.dumps(values, indent=2)}\n```\n"
 
+# %% ../../nbs/model/01_hub.ipynb #upload
 def upload(
     folder: str | os.PathLike, # Folder of a saved model
     repo_id: str, # Repository, such as `"name/model"`
@@ -271,4 +277,5 @@ def upload(
     from huggingface_hub import HfApi
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload of a segkit model"))
+    commit = "Upload of a segkit model"
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=commit))
