@@ -56,7 +56,8 @@ def arrows(files):
             if isinstance(node, ast.ImportFrom) and (target := resolved(node, module)) is not None:
                 for alias in node.names:
                     inner = f"{target}.{alias.name}".lstrip(".")  # `from . import module` names a module
-                    yield Arrow(module, *((inner, "") if inner in known else (target, alias.name)), node.lineno)
+                    if not target or inner in known: yield Arrow(module, inner, "", node.lineno)
+                    else: yield Arrow(module, target, alias.name, node.lineno)
 
 
 def breaches(found, floors, beside):
