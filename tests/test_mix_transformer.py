@@ -6,7 +6,7 @@ from torch.export import Dim, export
 
 from segkit import Segformer, Unet
 from segkit.core.registry import encoders
-from segkit.encoders.base import check_encoder, get_encoder, parameter_stages
+from segkit.encoders import check_encoder, get_encoder, parameter_stages
 from segkit.encoders.mix_transformer import DropPath
 
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..core.geometry import resize
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 

@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from ..core.layers import Conv2dReLU, get_norm_layer
 from ..model.model import SegmentationModel
 from ..core.registry import architectures
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 

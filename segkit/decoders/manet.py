@@ -20,7 +20,7 @@ from ..core.layers import Conv2dReLU, channel_gate
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .unet import check_widths
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 

@@ -20,7 +20,7 @@ from ..core.layers import BatchNorm2d
 from ..core.geometry import pad_to_least
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 

@@ -17,7 +17,7 @@ from ..core.geometry import resize
 from ..core.layers import Conv2dReLU
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 

@@ -18,7 +18,7 @@ from ..core.geometry import cut_back, pad_to_multiple
 from ..model.model import SegmentationModel, check_images
 from ..core.registry import architectures, check_choice
 from .unet import UnetDecoderBlock, check_widths
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.registry import check_choice, encoders
-from .base import get_encoder
+from .build import get_encoder
 
 if TYPE_CHECKING: from pandas import DataFrame
 

@@ -32,7 +32,7 @@ class DenseNetEncoder(SequenceEncoder):
         for i, layer in enumerate(self.features):
             inside = i in self._ends and hasattr(layer, "norm")
             x = layer.norm(x) if inside else layer(x)
-            if i in self._ends: self.hand_out(features, x)
+            if i in self._ends: features.append(x)
             if len(features) > self._depth: break
             if inside: x = layer.pool(layer.conv(x))
         return features
