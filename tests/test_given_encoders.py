@@ -88,10 +88,10 @@ def test_a_class_is_saved_by_its_import_path(tmp_path, monkeypatch):
     config = json.loads((tmp_path/"saved/config.json").read_text())
     assert config["encoder_name"] == {"_import": "own_class:Own"} and config["width"] == 4
     del sys.modules["own_class"]
-    again = segkit.from_pretrained(tmp_path/"saved")
+    again = segkit.from_pretrained(tmp_path/"saved", trust_remote_code=True)
     assert torch.equal(again.predict(X), model.predict(X)) and again.encoder.model.a.out_channels == 4
     del sys.modules["own_class"]; (tmp_path/"own_class.py").unlink()
-    with pytest.raises(ImportError, match="own_class as Own, which cannot be imported here"): segkit.from_pretrained(tmp_path/"saved")
+    with pytest.raises(ImportError, match="own_class as Own, which cannot be imported here"): segkit.from_pretrained(tmp_path/"saved", trust_remote_code=True)
 
 
 def test_a_module_is_not_saved_and_the_error_says_what_is(tmp_path):

@@ -90,9 +90,10 @@ class _Changes(_Facts):
 
 def _not_dilated(encoder, output_stride):
     "Why, and what to use"
-    return (f"{type(encoder).__name__} cannot be dilated (output_stride={output_stride}); use "
-            "output_stride=32, or an encoder whose stages are convolutions: resnet*, resnext*, se_*, "
-            "dpn*, efficientnet-b*, mobilenet_v2, mobileone_*, or a timm one such as 'tu-convnext_tiny'")
+    return (f"{type(encoder).__name__} cannot be dilated (output_stride={output_stride}); "
+            "use output_stride=32, or an encoder whose stages are convolutions: resnet*, "
+            "resnext*, se_*, dpn*, efficientnet-b*, mobilenet_v2, mobileone_*, or a timm one "
+            "such as 'tu-convnext_tiny'")
 
 # %% ../../nbs/encoders/00_base.ipynb #mixin-class
 class EncoderMixin(_Changes):

@@ -97,7 +97,8 @@ class TimmBridgeEncoder(nn.Module, EncoderMixin):
         self._out_channels, self.bridge = [in_channels] + [0]*depth, nn.ModuleDict()
         for level, i in self._source.items():
             steps = level_of(strides[i]) - self._targets[level]
-            self.bridge[str(level)], self._out_channels[level] = build(block_facts(name).channels[i], steps)
+            layers, width = build(block_facts(name).channels[i], steps)
+            self.bridge[str(level)], self._out_channels[level] = layers, width
         # a weight that never gets a gradient stops training on several GPUs
         for p in unused_parameters(self): p.requires_grad_(False)
 
@@ -130,7 +131,8 @@ class TimmBridgeEncoder(nn.Module, EncoderMixin):
         table: dict[int, list[str]] = {stage: [] for stage in range(1, last + 1)}
         for name, p in self.named_parameters():
             if id(p) in unused: continue
-            stage = quarters.get(f"encoder.{name}", last)  # the last norm belongs to the last quarter
+            # the last norm belongs to the last quarter
+            stage = quarters.get(f"encoder.{name}", last)
             if name.startswith("bridge."): stage = last + 1
             table.setdefault(stage, []).append(name)
         return table
@@ -168,7 +170,8 @@ def _targets(name, strides, depth, output_stride):
     "Level -> level whose stride it has: the same, or a finer one to keep within the output stride"
     deepest = max(5, *map(level_of, strides))
     if not 1 <= depth <= deepest:
-        raise ValueError(f"encoder_depth={depth}: for the timm model {name!r} use a depth of 1 to {deepest}")
+        raise ValueError(f"encoder_depth={depth}: for the timm model {name!r} "
+                         f"use a depth of 1 to {deepest}")
     check_choice("output_stride", output_stride, [8, 16, 32])
     finest = 1 if depth == 1 else max(1, min(2, depth, *map(level_of, strides)))
     coarsest = depth if output_stride == 32 else level_of(output_stride)
@@ -181,7 +184,7 @@ def _block_maps(model, x, indices, norm=False):
         x, indices=list(indices), norm=norm, output_fmt="NCHW", intermediates_only=True)
 
 def _read_until(name, pretrained, in_channels, indices, kwargs):
-    "The timm model up to the last block that is read, its `Fit`, whether its last norm is read, and its arguments"
+    "The timm model up to the last block, its `Fit`, whether its last norm is read, its arguments"
     import timm
     check_timm_arguments(name, kwargs, "num_classes")
     try:
@@ -194,7 +197,7 @@ def _read_until(name, pretrained, in_channels, indices, kwargs):
 
 @once_for_each
 def _block_fit(name, indices, **kwargs) -> tuple[Fit, bool]:
-    "What the model needs to take an image of any size, and whether its last norm fits the maps; found by trial"
+    "What the model needs to take any image, and whether its last norm fits the maps; by trial"
     def make(**arguments):
         model = meta_model(name, **arguments | kwargs)
         return lambda x: _block_maps(model, x, indices)
@@ -203,14 +206,15 @@ def _block_fit(name, indices, **kwargs) -> tuple[Fit, bool]:
     fit = find_fit(make, strides, native_size(name, kwargs))
     # a finer level must know where the image ends within the last cell
     if fit.is_identity: fit = replace(fit, multiple=max(strides))
-    one_level = len(set(map(level_of, every))) == 1
-    return fit, one_level and _norm_fits(meta_model(name, **dict(fit.arguments) | kwargs), fit, indices)
+    if len(set(map(level_of, every))) > 1: return fit, False
+    return fit, _norm_fits(meta_model(name, **dict(fit.arguments) | kwargs), fit, indices)
 
 def _norm_fits(model, fit, indices):
-    "Whether the model's last norm leaves the maps their channels; that of SAM is a neck, which does not"
+    "Whether the model's last norm leaves the maps their channels; that of SAM, a neck, does not"
     image = fit.image(torch.empty(1, 3, 64, 96, device="meta"))
     try:
         with torch.no_grad():
-            with_norm, without = (_block_maps(model, image, indices, norm) for norm in (True, False))
+            with_norm = _block_maps(model, image, indices, norm=True)
+            without = _block_maps(model, image, indices, norm=False)
     except Exception: return False
     return [f.shape for f in with_norm] == [f.shape for f in without]

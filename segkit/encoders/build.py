@@ -60,7 +60,8 @@ def _from_timm(name, depth, weights, output_stride, kwargs):
     import timm
     timm_name, weights = with_tag(name.removeprefix("tu-"), weights)
     if not timm.is_model(timm_name):
-        raise unknown_timm_model(timm_name) if name.startswith("tu-") else UnknownName(_unknown(name))
+        if name.startswith("tu-"): raise unknown_timm_model(timm_name)
+        raise UnknownName(_unknown(name))
     bridged = kwargs.get("bridge") or not has_pyramid(feature_facts(timm_name).strides, depth)
     cls = TimmBridgeEncoder if bridged else TimmUniversalEncoder
     if not bridged: kwargs = {key: value for key, value in kwargs.items() if key != "bridge"}
@@ -72,8 +73,9 @@ def _unknown(name):
     close = " or ".join(map(repr, nearest(name, encoders)))
     hint = f"; did you mean {close}?" if close else ""
     return (f"there is no encoder {name!r}{hint} Native names: segkit.encoders.get_encoder_names(); "
-            "any timm name works as well, as 'tu-<timm name>'. Your own: segkit.encoders.encoders[name] = "
-            "{'encoder': YourClass, 'pretrained_settings': {}, 'params': {}}")
+            "any timm name works as well, as 'tu-<timm name>'. Your own: "
+            "segkit.encoders.encoders[name] = {'encoder': YourClass, 'pretrained_settings': {}, "
+            "'params': {}}")
 
 # %% ../../nbs/encoders/00c_build.ipynb #module
 def _from_module(module, depth, weights, kwargs):
@@ -81,14 +83,15 @@ def _from_module(module, depth, weights, kwargs):
     owner = type(module).__name__
     if kwargs:
         names = ", ".join(map(repr, kwargs))
-        raise TypeError(f"the {owner} that was given is built already and takes no arguments: {names}")
+        raise TypeError(f"the {owner} that was given is built already and takes no arguments: "
+                        f"{names}")
     if isinstance(weights, (Mapping, os.PathLike)) or callable(weights) or is_weights_file(weights):
         module = copy.deepcopy(module)
         load_weights(module, weights, {}, owner)
     if not isinstance(module, EncoderMixin): return ModuleEncoder(module, depth)
     if module.depth < depth:
-        raise ValueError(f"encoder_depth={depth}, but the {owner} that was given has depth {module.depth}: "
-                         f"pass encoder_depth={module.depth}")
+        raise ValueError(f"encoder_depth={depth}, but the {owner} that was given has depth "
+                         f"{module.depth}: pass encoder_depth={module.depth}")
     encoder = module
     if module.depth > depth:
         encoder = copy_structure(module) if recomputed(module) else view(module)
@@ -122,8 +125,10 @@ def get_encoder(
 def _create(name, depth, weights, output_stride, kwargs):
     "An encoder as its class makes it, and whether it has weights"
     if isinstance(name, nn.Module): return _from_module(name, depth, weights, kwargs), True
-    if isinstance(name, type): return _from_class(name.__name__, {"encoder": name}, depth, weights, kwargs)
-    if not isinstance(name, str): raise TypeError(f"encoder_name={name!r}: expected a name, a class or a module")
+    if isinstance(name, type):
+        return _from_class(name.__name__, {"encoder": name}, depth, weights, kwargs)
+    if not isinstance(name, str):
+        raise TypeError(f"encoder_name={name!r}: expected a name, a class or a module")
     entry = encoders[name] if name in encoders else {}
     present = entry.get("replaced_by") or present_name(name)
     if present != name: _warn_replaced(name, present)
@@ -154,4 +159,5 @@ def register_encoder(
     **params, # Arguments of the class, besides `depth`
 ) -> Callable: # Decorator that enters an encoder class and returns it
     "Enter an encoder class in the table `encoders`"
-    return encoders.register(name, pretrained_settings=dict(pretrained_settings or {}), params=params)
+    settings = dict(pretrained_settings or {})
+    return encoders.register(name, pretrained_settings=settings, params=params)

@@ -15,7 +15,8 @@ from torch import nn, Tensor
 from .base import EncoderMixin
 from .fit import Fit, find_fit, level_size
 from .probing import parameter_stages
-from .timm_models import check_timm_arguments, meta_model, native_size, once_for_each, refused_by_timm
+from .timm_models import (
+    check_timm_arguments, meta_model, native_size, once_for_each, refused_by_timm)
 
 # %% ../../nbs/encoders/02_universal.ipynb #facts
 class PyramidFacts(NamedTuple):
@@ -33,7 +34,8 @@ def feature_facts(
     model = meta_model(name, features_only=True)
     info = model.feature_info
     channels_last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
-    return PyramidFacts(*map(tuple, (info.reduction(), info.channels(), info.out_indices)), channels_last)
+    strides, channels, indices = map(tuple, (info.reduction(), info.channels(), info.out_indices))
+    return PyramidFacts(strides, channels, indices, channels_last)
 
 # %% ../../nbs/encoders/02_universal.ipynb #plan
 def plan_levels(
@@ -70,11 +72,11 @@ def prune_unused(
     for name, module in list(encoder.named_modules()):
         if not isinstance(module, (nn.Sequential, nn.ModuleList)): continue
         prefix = f"{name}." if name else ""
-        while len(module) and _is_unused(f"{prefix}{len(module) - 1}", list(module.children())[-1], used):
-            del module[-1]
+        while len(module) and _last_is_unused(module, prefix, used): del module[-1]
 
-def _is_unused(path, layer, used):
-    "Whether a layer has weights, and none of them is used"
+def _last_is_unused(module, prefix, used):
+    "Whether the last layer of a sequence has weights, and none of them is used"
+    path, layer = f"{prefix}{len(module) - 1}", list(module.children())[-1]
     names = {f"{path}.{name}" for name, _ in layer.named_parameters()}
     return bool(names) and not names & used
 
@@ -143,8 +145,8 @@ def _check_plan(name, strides, plan, depth):
     if not missing: return
     given, deepest = ", ".join(map(str, strides)), max(plan, default=depth)
     if missing == list(range(deepest + 1, depth + 1)):
-        raise ValueError(f"encoder_depth={depth}: the maps of the timm model {name!r} have strides {given}; "
-                         f"use encoder_depth={deepest} or less")
+        raise ValueError(f"encoder_depth={depth}: the maps of the timm model {name!r} have strides "
+                         f"{given}; use encoder_depth={deepest} or less")
     needed = ", ".join(str(2**level) for level in missing)
     raise ValueError(f"the timm model {name!r} gives maps of strides {given}, and a pyramid of depth "
                      f"{depth} also needs {needed}. get_encoder('tu-{name}') builds a bridge for them; "
@@ -154,9 +156,9 @@ def _refused(name, output_stride, error):
     "What timm did not accept"
     about_stride = not isinstance(error, TypeError) or "output_stride" in str(error)
     if output_stride == 32 or not about_stride: return refused_by_timm(name, error)
-    return ValueError(f"output_stride={output_stride}: the timm model {name!r} cannot be dilated; use 32, "
-                      "or a convolutional one such as 'tu-resnet50', or pass bridge='resize', which "
-                      "enlarges the maps in place of dilating")
+    return ValueError(f"output_stride={output_stride}: the timm model {name!r} cannot be dilated; "
+                      "use 32, or a convolutional one such as 'tu-resnet50', or pass "
+                      "bridge='resize', which enlarges the maps in place of dilating")
 
 # %% ../../nbs/encoders/02_universal.ipynb #which
 def has_pyramid(
