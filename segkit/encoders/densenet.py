@@ -24,8 +24,10 @@ class DenseNetEncoder(SequenceEncoder):
 
     def build(self, model: nn.Module, depth: int) -> None:
         super().build(model, depth)
-        if depth == 5: self.features.norm5 = nn.BatchNorm2d(self.features.norm5.num_features)  # without a ReLU
-        elif depth > 1: self.features[-1] = nn.Sequential(OrderedDict(norm=self.features[-1].norm))  # of the last transition, only the norm
+        if depth == 5:  # timm's last norm has a ReLU, SMP's has none
+            self.features.norm5 = nn.BatchNorm2d(self.features.norm5.num_features)
+        elif depth > 1:  # of the last transition, only the norm
+            self.features[-1] = nn.Sequential(OrderedDict(norm=self.features[-1].norm))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [x]

@@ -170,18 +170,28 @@ def _plan_blocks(width, repeat, side):
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #variants
 for _name, _width, _repeat, _side, _imagenet, _advprop in [
-    ("b0", 1.0, 1.0, 224, "1bbe7ecc1d5ea1d2058de1a2db063b8701aff314", "29043c08140d9c6ee7de1468d55923f2b06bcec2"),
-    ("b1", 1.0, 1.1, 240, "5d637466a5215de300a8ccb13a39357df2df2bf4", "2e518b8b0955bbab467f50525578dab6b6086afc"),
-    ("b2", 1.1, 1.2, 260, "a96d4f0295ffbae18ebba173bf7f3c0c8f21990e", "be788c20dfb0bbe83b4c439f9cfe0dd937c0783e"),
-    ("b3", 1.2, 1.4, 300, "074c54a6c473e0d294690d49cedb6cf463e7127d", "9ccc166d87bd9c08d6bed4477638c7f4bb3eec78"),
-    ("b4", 1.4, 1.8, 380, "05cd5dde5dab658f00c463f9b9aa0ced76784f40", "f04caa809ea4eb08ee9e7fd555f5514ebe2a9ef5"),
-    ("b5", 1.6, 2.2, 456, "69f4d28460a4e421b7860bc26ee7d832e03e01ca", "dabe78fc8ab7ce93ddc2bb156b01db227caede88"),
-    ("b6", 1.8, 2.6, 528, "8570752016f7c62ae149cffa058550fe44e21c8b", "c2dbb4d1359151165ec7b96cfe54a9cac2142a31"),
-    ("b7", 2.0, 3.1, 600, "5a5dbe687d612ebc3dca248274fd1191111deda6", "ce33edb4e80c0cde268f098ae2299e23f615577d"),
+    ("b0", 1.0, 1.0, 224,
+     "1bbe7ecc1d5ea1d2058de1a2db063b8701aff314", "29043c08140d9c6ee7de1468d55923f2b06bcec2"),
+    ("b1", 1.0, 1.1, 240,
+     "5d637466a5215de300a8ccb13a39357df2df2bf4", "2e518b8b0955bbab467f50525578dab6b6086afc"),
+    ("b2", 1.1, 1.2, 260,
+     "a96d4f0295ffbae18ebba173bf7f3c0c8f21990e", "be788c20dfb0bbe83b4c439f9cfe0dd937c0783e"),
+    ("b3", 1.2, 1.4, 300,
+     "074c54a6c473e0d294690d49cedb6cf463e7127d", "9ccc166d87bd9c08d6bed4477638c7f4bb3eec78"),
+    ("b4", 1.4, 1.8, 380,
+     "05cd5dde5dab658f00c463f9b9aa0ced76784f40", "f04caa809ea4eb08ee9e7fd555f5514ebe2a9ef5"),
+    ("b5", 1.6, 2.2, 456,
+     "69f4d28460a4e421b7860bc26ee7d832e03e01ca", "dabe78fc8ab7ce93ddc2bb156b01db227caede88"),
+    ("b6", 1.8, 2.6, 528,
+     "8570752016f7c62ae149cffa058550fe44e21c8b", "c2dbb4d1359151165ec7b96cfe54a9cac2142a31"),
+    ("b7", 2.0, 3.1, 600,
+     "5a5dbe687d612ebc3dca248274fd1191111deda6", "ce33edb4e80c0cde268f098ae2299e23f615577d"),
 ]: encoders.register(
     f"efficientnet-{_name}",
-    params={"width": _width, "repeat": _repeat, "side": _side, "taps": (2, 4, 8, 15) if _name == "b0" else None},
-    pretrained_settings=smp_weights(f"efficientnet-{_name}", {"imagenet": _imagenet, "advprop": _advprop}, advprop=half_stats),
+    params={"width": _width, "repeat": _repeat, "side": _side,
+            "taps": (2, 4, 8, 15) if _name == "b0" else None},
+    pretrained_settings=smp_weights(
+        f"efficientnet-{_name}", {"imagenet": _imagenet, "advprop": _advprop}, advprop=half_stats),
 )(EfficientNetEncoder)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #timm
@@ -228,26 +238,58 @@ class TimmEfficientNetEncoder(nn.Module, EncoderMixin):
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #timm-variants
 def _channels(width, stem=None):
-    return [3, stem or scaled_width(32, width), *(scaled_width(c, width) for c in (24, 40, 112, 320))]
+    first = stem or scaled_width(32, width)
+    return [3, first, *(scaled_width(channels, width) for channels in (24, 40, 112, 320))]
+
+_tags = ("imagenet", "advprop", "noisy-student")
 
 for _name, _width, _revisions in [
-    ("b0", 1.0, ("8419e9cc19da0b68dcd7bb12f19b7c92407ad7c4", "a5870af2d24ce79e0cc7fae2bbd8e0a21fcfa6d8", "bea8b0ff726a50e48774d2d360c5fb1ac4815836")),
-    ("b1", 1.0, ("63bdd65ef6596ef24f1cadc7dd4f46b624442349", "79b3d102080ef679b16c2748e608a871112233d0", "36856124a699f6032574ceeefab02040daa90a9a")),
-    ("b2", 1.1, ("e693adb39d3cb3847e71e3700a0c2aa58072cff1", "b58479bf78007cfbb365091d64eeee369bddfa21", "67c558827c6d3e0975ff9b4bce8557bc2ca80931")),
-    ("b3", 1.2, ("1666b835b5151d6bb2067c7cd67e67ada6c39edf", "70474cdb9f1ff4fcbd7434e66560ead1ab8e506b", "2367bc9f61e79ee97684169a71a87db280bcf4db")),
-    ("b4", 1.4, ("07868c28ab308f4de4cf1e7ec54b33b8b002ccdb", "8ea1772ee9a2a0d18c1b56dce0dfac8dd33d537d", "faeb77b6e8292a700380c840d39442d7ce4d6443")),
-    ("b5", 1.6, ("004153b4ddd93d30afd9bbf34329d7f57396d413", "1d1c5f05aab5ed9a1d5052847ddd4024c06a464d", "9bc3a1e5490de92b1af061d5c2c474ab3129e38c")),
-    ("b6", 1.8, ("dbbf28a5c33f021486db4070de693caad6b56c3d", "3b5d3412047f7711c56ffde997911cfefe79f835", "9b899ea9e8e0ce2ccada0f34a8cb8b5028e9bb36")),
-    ("b7", 2.0, ("8ef7ffccf54dad9baceb21d05b7ef86b6b70f4cc", "fcbc576ffb939c12d5cd8dad523fdae6eb0177ca", "6b1dd73e61bf934d485d7bd4381dc3e2ab374664")),
-    ("b8", 2.2, ("b5e9dde35605a3a6d17ea2a727382625f9066a37", "e43f381de72e7467383c2c80bacbb7fcb9572866")),
+    ("b0", 1.0, (
+        "8419e9cc19da0b68dcd7bb12f19b7c92407ad7c4",
+        "a5870af2d24ce79e0cc7fae2bbd8e0a21fcfa6d8",
+        "bea8b0ff726a50e48774d2d360c5fb1ac4815836")),
+    ("b1", 1.0, (
+        "63bdd65ef6596ef24f1cadc7dd4f46b624442349",
+        "79b3d102080ef679b16c2748e608a871112233d0",
+        "36856124a699f6032574ceeefab02040daa90a9a")),
+    ("b2", 1.1, (
+        "e693adb39d3cb3847e71e3700a0c2aa58072cff1",
+        "b58479bf78007cfbb365091d64eeee369bddfa21",
+        "67c558827c6d3e0975ff9b4bce8557bc2ca80931")),
+    ("b3", 1.2, (
+        "1666b835b5151d6bb2067c7cd67e67ada6c39edf",
+        "70474cdb9f1ff4fcbd7434e66560ead1ab8e506b",
+        "2367bc9f61e79ee97684169a71a87db280bcf4db")),
+    ("b4", 1.4, (
+        "07868c28ab308f4de4cf1e7ec54b33b8b002ccdb",
+        "8ea1772ee9a2a0d18c1b56dce0dfac8dd33d537d",
+        "faeb77b6e8292a700380c840d39442d7ce4d6443")),
+    ("b5", 1.6, (
+        "004153b4ddd93d30afd9bbf34329d7f57396d413",
+        "1d1c5f05aab5ed9a1d5052847ddd4024c06a464d",
+        "9bc3a1e5490de92b1af061d5c2c474ab3129e38c")),
+    ("b6", 1.8, (
+        "dbbf28a5c33f021486db4070de693caad6b56c3d",
+        "3b5d3412047f7711c56ffde997911cfefe79f835",
+        "9b899ea9e8e0ce2ccada0f34a8cb8b5028e9bb36")),
+    ("b7", 2.0, (
+        "8ef7ffccf54dad9baceb21d05b7ef86b6b70f4cc",
+        "fcbc576ffb939c12d5cd8dad523fdae6eb0177ca",
+        "6b1dd73e61bf934d485d7bd4381dc3e2ab374664")),
+    ("b8", 2.2, (
+        "b5e9dde35605a3a6d17ea2a727382625f9066a37",
+        "e43f381de72e7467383c2c80bacbb7fcb9572866")),
 ]: register_native(
-    TimmEfficientNetEncoder, f"timm-efficientnet-{_name}", _channels(_width), timm_name=f"efficientnet_{_name}", drop_path_rate=.2,
-    weights=smp_weights(f"timm-efficientnet-{_name}", dict(zip(("imagenet", "advprop", "noisy-student"), _revisions)), advprop=half_stats),
-    replaced_by=f"tu-tf_efficientnet_{_name}")
+    TimmEfficientNetEncoder, f"timm-efficientnet-{_name}", _channels(_width),
+    weights=smp_weights(f"timm-efficientnet-{_name}", dict(zip(_tags, _revisions)), advprop=half_stats),
+    timm_name=f"efficientnet_{_name}", drop_path_rate=.2, replaced_by=f"tu-tf_efficientnet_{_name}")
 
 register_native(
-    TimmEfficientNetEncoder, "timm-efficientnet-l2", _channels(4.3), timm_name="efficientnet_l2", drop_path_rate=.2, replaced_by="tu-tf_efficientnet_l2",
-    weights=smp_weights("timm-efficientnet-l2", {"noisy-student": "cdc711e76d1becdd9197169f1a8bb1b2094e980c", "noisy-student-475": "35f5ba667a64bf4f3f0689daf84fc6d0f8e1311b"}))
+    TimmEfficientNetEncoder, "timm-efficientnet-l2", _channels(4.3),
+    weights=smp_weights("timm-efficientnet-l2", {
+        "noisy-student": "cdc711e76d1becdd9197169f1a8bb1b2094e980c",
+        "noisy-student-475": "35f5ba667a64bf4f3f0689daf84fc6d0f8e1311b"}),
+    timm_name="efficientnet_l2", drop_path_rate=.2, replaced_by="tu-tf_efficientnet_l2")
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #lite-variants
 for _name, _width, _revision in [
@@ -257,5 +299,6 @@ for _name, _width, _revision in [
     ("lite3", 1.2, "ab29c8402991591d66f813bbb1f061565d9b0cd0"),
     ("lite4", 1.4, "91a822e0f03c255b34dfb7846d3858397e50ba39"),
 ]: register_native(
-    TimmEfficientNetEncoder, f"timm-tf_efficientnet_{_name}", _channels(_width, stem=32), timm_name=f"efficientnet_{_name}", drop_path_rate=.2,
-    weights=smp_weights(f"timm-tf_efficientnet_{_name}", {"imagenet": _revision}, imagenet=half_stats), replaced_by=f"tu-tf_efficientnet_{_name}")
+    TimmEfficientNetEncoder, f"timm-tf_efficientnet_{_name}", _channels(_width, stem=32),
+    weights=smp_weights(f"timm-tf_efficientnet_{_name}", {"imagenet": _revision}, imagenet=half_stats),
+    timm_name=f"efficientnet_{_name}", drop_path_rate=.2, replaced_by=f"tu-tf_efficientnet_{_name}")

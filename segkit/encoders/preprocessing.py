@@ -89,13 +89,19 @@ def preprocess_input(
     check_choice("input_space", input_space, ["RGB", "BGR"])
     low, high = value_range or ((0, 255) if x.dtype == np.uint8 else (0, 1))
     if x.size and not (low - 1e-3 <= x.min() and x.max() <= high + 1e-3):
-        raise ValueError(f"the picture has values from {x.min():g} to {x.max():g} and type {x.dtype}, expected {low:g} to {high:g}; pass value_range=(lowest, highest)")
+        raise ValueError(_out_of_range(x.min(), x.max(), x.dtype, low, high))
     new_low, new_high = input_range or (0, 1)
-    y = (x.astype(np.result_type(x.dtype, np.float32) if x.dtype.kind == "f" else np.float32) - low)/(high - low)*(new_high - new_low) + new_low
+    dtype = np.result_type(x.dtype, np.float32) if x.dtype.kind == "f" else np.float32
+    y = (x.astype(dtype) - low)/(high - low)*(new_high - new_low) + new_low
     if input_space == "BGR": y = y[..., ::-1]
     if mean is not None: y = y - np.asarray(mean, y.dtype)
     if std is not None: y = y/np.asarray(std, y.dtype)
     return y
+
+def _out_of_range(least, most, dtype, low, high):
+    "Values that are not what they were said to be"
+    return (f"the pictures have values from {least:g} to {most:g} and type {dtype}, "
+            f"expected {low:g} to {high:g}; pass value_range=(lowest, highest)")
 
 def get_preprocessing_fn(
     encoder_name: str | nn.Module, # Name of an encoder, or a timm model
@@ -117,7 +123,8 @@ class Preprocess(nn.Module):
         super().__init__()
         check_choice("input_space", input_space, ["RGB", "BGR"])
         self.input_space, self.input_range, self.value_range = input_space, tuple(input_range), value_range
-        for name, values in (("mean", mean), ("std", std)): self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self,
         x: Tensor, # Pictures `(b, c, h, w)` or `(c, h, w)`
@@ -127,7 +134,7 @@ class Preprocess(nn.Module):
         if doubtful and not torch.compiler.is_compiling() and x.numel():  # a compiled model must not depend on values
             least, most = (v.item() for v in x.aminmax())
             if not low - 1e-3 <= least <= most <= high + 1e-3:
-                raise ValueError(f"the pictures have values from {least:g} to {most:g} and type {x.dtype}, expected {low:g} to {high:g}; pass value_range=(lowest, highest)")
+                raise ValueError(_out_of_range(least, most, x.dtype, low, high))
         x = x if x.is_floating_point() else x.float()
         x = (x - low)/(high - low)*(self.input_range[1] - self.input_range[0]) + self.input_range[0]
         if self.input_space == "BGR": x = x.flip(-3)
@@ -147,7 +154,8 @@ def unit_statistics(
 ) -> tuple[list[float], list[float]]: # Mean and standard deviation of pictures whose values go from 0 to 1
     "Statistics for `Normalize`, which knows no other range than 0 to 1"
     if params["input_space"] != "RGB":
-        raise ValueError(f"these weights expect {params['input_space']} pictures, which Normalize alone does not give; use Preprocess, or turn the channels round in the data")
+        raise ValueError(f"these weights expect {params['input_space']} pictures, which Normalize alone "
+                         "does not give; use Preprocess, or turn the channels round in the data")
     low, high = params["input_range"]
     return [(m - low)/(high - low) for m in params["mean"]], [s/(high - low) for s in params["std"]]
 

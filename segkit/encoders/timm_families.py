@@ -36,5 +36,7 @@ for _name, _channels, _block, _revision in [
     ("skresnet18", (3, 64, 64, 128, 256, 512), _split, "6c97652bb744d89177b68274d2fda3923a7d1f95"),
     ("skresnet34", (3, 64, 64, 128, 256, 512), _split, "2367796924a8182cc835ef6b5dc303917f923f99"),
     ("skresnext50_32x4d", (3, 64, 256, 512, 1024, 2048), {}, "50207e407cc4c6ea9e6872963db6844ca7b7b9de"),
-]: register_native(SKNetEncoder, f"timm-{_name}", _channels, smp_weights(f"timm-{_name}", {"imagenet": _revision}), timm_name=_name, block_args=_block,
-                   replaced_by=f"tu-{_name}")
+]:
+    _weights = smp_weights(f"timm-{_name}", {"imagenet": _revision})
+    register_native(SKNetEncoder, f"timm-{_name}", _channels, _weights, timm_name=_name,
+                    replaced_by=f"tu-{_name}", block_args=_block)
