@@ -88,6 +88,7 @@ class _Changes(_Facts):
         "Trade work for memory in training; outputs and gradients stay the same"
         set_checkpointing(self, enable)
 
+# %% ../../nbs/encoders/00_base.ipynb #not-dilated
 def _not_dilated(encoder, output_stride):
     "Why, and what to use"
     return (f"{type(encoder).__name__} cannot be dilated (output_stride={output_stride}); "

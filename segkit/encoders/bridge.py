@@ -195,6 +195,7 @@ def _read_until(name, pretrained, in_channels, indices, kwargs):
     model.prune_intermediate_layers(indices, prune_norm=not norm, prune_head=True)
     return model, fit, norm, kwargs
 
+# %% ../../nbs/encoders/21_bridge.ipynb #block-fit
 @once_for_each
 def _block_fit(name, indices, **kwargs) -> tuple[Fit, bool]:
     "What the model needs to take any image, and whether its last norm fits the maps; by trial"

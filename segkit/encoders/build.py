@@ -122,6 +122,7 @@ def get_encoder(
     if use_checkpoint: encoder.set_gradient_checkpointing()
     return encoder
 
+# %% ../../nbs/encoders/00c_build.ipynb #get-steps
 def _create(name, depth, weights, output_stride, kwargs):
     "An encoder as its class makes it, and whether it has weights"
     if isinstance(name, nn.Module): return _from_module(name, depth, weights, kwargs), True

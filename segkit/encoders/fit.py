@@ -81,6 +81,7 @@ def find_fit(
             return Fit(minimum=minimum, resize_maps=True)
     return Fit(size=size)
 
+# %% ../../nbs/encoders/02b_fit.ipynb #find-steps
 def _exact_fit(run, strides, size, arguments):
     "The smallest multiple for which all maps have exactly the sizes that their strides say"
     def exact(*trials): return all(_trial(run, strides, trial) == "exact" for trial in trials)

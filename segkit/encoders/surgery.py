@@ -7,7 +7,7 @@ __all__ = ['channel_strategies', 'adapt_first_conv', 'dilate', 'view', 'copy_str
 
 # %% ../../nbs/encoders/00a_surgery.ipynb #imports
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn, Tensor
