@@ -42,7 +42,7 @@ def choose_maps(
     shares = {}
     for source in set(sources):
         spaced = sample_block_indices_uniformly(sources.count(source), len(at[source]))
-        shares[source] = iter(at[source][max(0, i)] for i in spaced)
+        shares[source] = iter([at[source][max(0, i)] for i in spaced])
     return [next(shares[source]) for source in sources]
 
 # %% ../../nbs/encoders/21_bridge.ipynb #simple
