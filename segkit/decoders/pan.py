@@ -198,5 +198,5 @@ class PAN(SegmentationModel):
                               encoder_output_stride, **kwargs)
         decoder = PANDecoder(encoder.out_channels, decoder_channels, decoder_interpolation)
         factor = 4 if upsampling is None else upsampling
-        head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
+        head = SegmentationHead(decoder.out_channels, classes, 3, activation, factor)
         self.assemble("pan", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
