@@ -170,6 +170,22 @@ def test_inputs_stay_and_layout_and_autocast_change_nothing(name, mode):
     for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)): assert other(logits, target) == expected[0]
 
 
+class Image(torch.Tensor): pass
+class Mask(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if Image in types: return NotImplemented  # as fastai's do
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@every
+def test_typed_tensors_are_numbers(name, mode):
+    loss, (logits, target) = make(name, mode), data(mode)
+    value = loss(logits.as_subclass(Image), target.as_subclass(Mask))
+    assert type(value) is torch.Tensor
+    assert_close(value, loss(logits, target), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if "binary" in spec.modes])
 def test_binary_shapes(name):
     loss, (logits, target) = make(name, "binary"), data("binary")

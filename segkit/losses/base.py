@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['REDUCTIONS', 'PIXEL_REDUCTIONS', 'check_range', 'Batch', 'with_channel', 'prepare', 'as_values', 'check_hard',
-           'probabilities', 'as_logits', 'safe_divide', 'reduce_pixels', 'mean_over_classes', 'chunks', 'wide_dtype',
-           'count_pixels', 'ReducedLoss', 'check_weights', 'SegmentationLoss', 'SetLoss', 'ChosenClassesLoss',
-           'BINARY_MODE', 'MULTICLASS_MODE', 'MULTILABEL_MODE']
+           'probabilities', 'as_logits', 'safe_divide', 'reduce_pixels', 'mean_over_classes', 'slices', 'chunks',
+           'wide_dtype', 'count_pixels', 'ReducedLoss', 'check_weights', 'SegmentationLoss', 'SetLoss',
+           'ChosenClassesLoss', 'BINARY_MODE', 'MULTICLASS_MODE', 'MULTILABEL_MODE']
 
 # %% ../../nbs/losses/00_base.ipynb #imports
+from itertools import product
 from typing import Callable, NamedTuple, Sequence
 
 import torch
@@ -66,11 +67,11 @@ class Batch(NamedTuple):
         return [self.apply(lambda part, i=i: part[i:i+1]) for i in range(len(self.logits))]
 
     def flat(self) -> "Batch": # All spatial axes in one: `(b, c, n)`
-        b, c = self.logits.shape[:2]
-        lead = (b,) if self.has_labels else (b, c)
-        logits, *rest = self
-        flat = [None if part is None else part.reshape(*lead, -1) for part in rest]
-        return Batch(logits.reshape(b, c, -1), *flat)
+        def merge(x: Tensor, axes: int): return x.reshape(*x.shape[:axes], -1)
+        logits, target, counted = self
+        axes = 1 if self.has_labels else 2
+        if counted is not None: counted = merge(counted, axes)
+        return Batch(merge(logits, 2), merge(target, axes), counted)
 
     def chunk(self, images: slice, pixels: slice) -> "Batch": # Part of a flat batch
         return self.apply(lambda part: part[images, ..., pixels])
@@ -131,6 +132,7 @@ def prepare(
 ) -> Batch: # Logits, target and counted entries
     "Check logits and target, and bring them into normal form"
     check_choice("mode", mode, MODES)
+    y_pred, y_true = y_pred.as_subclass(Tensor), y_true.as_subclass(Tensor)
     given = f"y_pred {tuple(y_pred.shape)} and y_true {tuple(y_true.shape)}"
     logits = _check_logits(y_pred, mode, given)
     has_labels = mode == MULTICLASS_MODE and not y_true.is_floating_point()
@@ -225,6 +227,13 @@ def mean_over_classes(
     return safe_divide((losses * weights).sum(-1), weights.sum(-1))
 
 # %% ../../nbs/losses/00_base.ipynb #chunks
+def slices(
+    length: int, # Length to be cut
+    size: int, # Length of a part; the last may be shorter
+) -> list[slice]: # From 0 to `length`
+    "Cut a length into parts"
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
 def chunks(
     x: Tensor, # Tensor `(b, c, n)` to be worked on
 ) -> list[tuple[slice, slice]]: # Images and pixels of each chunk
@@ -233,9 +242,7 @@ def chunks(
     numbers = 2**18 if x.device.type == "cpu" else 2**25
     images = max(1, numbers // max(1, c*n))
     pixels = max(1, min(n, numbers // max(1, c)))
-    rows = [slice(i, i + images) for i in range(0, b, images)]
-    columns = [slice(j, j + pixels) for j in range(0, n, pixels)]
-    return [(i, j) for i in rows for j in columns]
+    return list(product(slices(b, images), slices(n, pixels)))
 
 def wide_dtype(
     x: Tensor, # A tensor on the device of the computation

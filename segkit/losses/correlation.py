@@ -20,7 +20,7 @@ def mcc_score(
     pixels: Tensor, # Number of pixels `(...)`
     eps: float = 1e-5, # Added to each cell of the confusion table
 ) -> Tensor: # Correlation from -1 to 1 `(...)`
-    "Matthews correlation of two soft sets [(Abhishek, Hamarneh, 2020)](https://arxiv.org/abs/2010.13454)"
+    "Correlation of two soft sets [(Abhishek and Hamarneh, 2020)](https://arxiv.org/abs/2010.13454)"
     overlap, predicted, actual = sums
     tp = overlap + eps
     fp = predicted - overlap + eps
@@ -32,7 +32,7 @@ def mcc_score(
 
 # %% ../../nbs/losses/04_correlation.ipynb #loss
 class MCCLoss(SetLoss):
-    "One minus the Matthews correlation [(Abhishek, Hamarneh, 2020)](https://arxiv.org/abs/2010.13454)"
+    "One minus the Matthews correlation [(Abhishek et al., 2020)](https://arxiv.org/abs/2010.13454)"
     def __init__(self,
         eps: float = 1e-5, # Added to each cell of the confusion table, above 0
         *,

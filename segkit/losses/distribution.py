@@ -65,7 +65,7 @@ class SoftCrossEntropyLoss(SegmentationLoss):
 
     def __init__(self,
         reduction: str = "mean", # `"mean"`, `"sum"`, `"none"` or `"pixel"`
-        smooth_factor: float | None = None, # Share of the target spread over all classes; None for 0
+        smooth_factor: float | None = None, # Share of the target spread over all classes
         ignore_index: int | None = -100, # Label of pixels that do not count
         dim: int = 1, # Axis of the classes
         *,
@@ -155,7 +155,8 @@ def _missing_and_loss(u: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
     "What is missing to certainty, $q$, and cross entropy, $s$; `t=None` for a *no* everywhere"
     if t is None: return u.sigmoid(), F.softplus(u, threshold=40)
     s = u.relu() - u*t + u.abs().neg_().exp_().log1p_()
-    return torch.expm1(-s).neg_().clamp_min_(1e-12), s
+    q = torch.expm1(-s).neg_()
+    return q.clamp_min_(1e-12), s
 
 def _factor(q: Tensor, gamma: float, threshold: float | None) -> tuple[Tensor, Tensor | None]:
     "Factor of each entry, and whether it depends on `q` (None: everywhere)"
@@ -206,38 +207,50 @@ def _focal_chunk(part: Batch, form, alpha: Tensor | None, gamma: float, threshol
     if part.counted is None: return loss, factor
     return torch.where(part.mask, loss, 0), torch.where(part.mask, factor, 0)
 
+# %% ../../nbs/losses/02_distribution.ipynb #closed-sums
+def _closed_sums(batch: Batch, alpha: Tensor | None, gamma: float,
+                 threshold: float | None) -> Tensor:
+    "Sums of losses and factors of a flat batch `(2, b, c)`, chunk by chunk"
+    logits = batch.logits
+    shape = 2, *logits.shape[:2]
+    sums = torch.zeros(shape, dtype=wide_dtype(logits), device=logits.device)
+    for images, pixels in chunks(logits):
+        part = batch.chunk(images, pixels)
+        loss, factor = _focal_chunk(part, _focal_values, alpha, gamma, threshold)
+        sums[:, images] += torch.stack([loss.sum(2), factor.sum(2)])
+    return sums
+
+def _closed_gradient(batch: Batch, alpha: Tensor | None, gamma: float, threshold: float | None,
+                     grad: Tensor) -> Tensor:
+    "Gradient of the logits `(b, c, n)` from that of the sums `(2, b, c)`, chunk by chunk"
+    gradient = torch.empty_like(batch.logits)
+    for images, pixels in chunks(batch.logits):
+        part = batch.chunk(images, pixels)
+        loss, factor = _focal_chunk(part, _focal_slopes, alpha, gamma, threshold)
+        of_loss, of_factor = grad[:, images, :, None]
+        gradient[images, :, pixels] = loss.mul_(of_loss).addcmul_(factor, of_factor)
+    return gradient
+
 # %% ../../nbs/losses/02_distribution.ipynb #sums
 class _FocalSums(torch.autograd.Function):
-    "Sums of `plain_focal` of a flat batch, chunk by chunk, with the gradient in closed form"
+    "Sums of `plain_focal` of a flat batch, with the gradient in closed form"
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, counted: Tensor | None,
                 alpha: Tensor | None, gamma: float, threshold: float | None) -> Tensor:
         ctx.save_for_backward(logits, target, counted, alpha)
         ctx.powers = gamma, threshold
-        batch, shape = Batch(logits, target, counted), (2, *logits.shape[:2])
-        sums = torch.zeros(shape, dtype=wide_dtype(logits), device=logits.device)
-        for images, pixels in chunks(logits):
-            part = batch.chunk(images, pixels)
-            loss, factor = _focal_chunk(part, _focal_values, alpha, gamma, threshold)
-            sums[:, images] += torch.stack([loss.sum(2), factor.sum(2)])
-        return sums
+        return _closed_sums(Batch(logits, target, counted), alpha, gamma, threshold)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        *batch, alpha = ctx.saved_tensors
-        batch = Batch(*batch)
-        logits = batch.logits
+        logits, target, counted, alpha = ctx.saved_tensors
+        batch, (gamma, threshold) = Batch(logits, target, counted), ctx.powers
         grad = grad.to(compute_dtype(logits))
-        if torch.is_grad_enabled():  # create_graph=True: second derivatives are wanted
-            gamma, threshold = ctx.powers
-            sums = torch.stack([x.sum(2) for x in plain_focal(batch, gamma, threshold, alpha)])
-            return *torch.autograd.grad(sums, logits, grad, create_graph=True), *[None]*5
-        gradient = torch.empty_like(logits)
-        for images, pixels in chunks(logits):
-            part = batch.chunk(images, pixels)
-            loss, factor = _focal_chunk(part, _focal_slopes, alpha, *ctx.powers)
-            of_loss, of_factor = grad[:, images, :, None]
-            gradient[images, :, pixels] = loss.mul_(of_loss).addcmul_(factor, of_factor)
+        if not torch.is_grad_enabled():
+            return _closed_gradient(batch, alpha, gamma, threshold, grad), *[None]*5
+        entries = plain_focal(batch, gamma, threshold, alpha)  # second derivatives are wanted
+        sums = torch.stack([x.sum(2) for x in entries])
+        gradient, = torch.autograd.grad(sums, logits, grad, create_graph=True)
         return gradient, *[None]*5
 
 # %% ../../nbs/losses/02_distribution.ipynb #focal-sums
@@ -263,7 +276,8 @@ def sigmoid_focal(
 ) -> Tensor: # One number, `(b,)` with `"none"`, `(b, ...)` with `"pixel"`
     "One-vs-rest focal loss: each class a question of its own"
     if reduction == "pixel":
-        loss, factor = (x.movedim(1, -1) for x in plain_focal(batch, gamma, reduced_threshold, alpha))
+        entries = plain_focal(batch, gamma, reduced_threshold, alpha)
+        loss, factor = (x.movedim(1, -1) for x in entries)
         factor, counted = factor.flatten(0, -2).sum(0), as_values(batch).counted
         present = torch.ones_like(loss) if counted is None else counted.movedim(1, -1)
     else:
@@ -297,7 +311,7 @@ def softmax_focal(
         loss = loss / whole.clamp_min(1e-6).view(-1, *[1]*(loss.ndim - 1))
     return reduce_pixels(loss, pixel_weights(batch, class_weights), reduction)
 
-# %% ../../nbs/losses/02_distribution.ipynb #focal-loss
+# %% ../../nbs/losses/02_distribution.ipynb #focal-alpha
 def _as_alpha(alpha: float | Sequence[float] | Tensor | None, highest: float) -> Tensor | None:
     "`alpha` as a tensor of one number, or of one for each class"
     if alpha is None: return None
@@ -305,6 +319,13 @@ def _as_alpha(alpha: float | Sequence[float] | Tensor | None, highest: float) ->
     if ((weights >= 0) & (weights <= highest)).all(): return weights
     raise ValueError(f"alpha={alpha}: expected numbers from 0 to {highest:g}")
 
+def _for_each_class(alpha: Tensor | None, classes: int) -> Tensor | None:
+    "`alpha` with one number for each class"
+    if alpha is None: return None
+    if len(alpha) in (1, classes): return alpha.expand(classes)
+    raise ValueError(f"alpha has {len(alpha)} numbers, but y_pred has {classes} classes")
+
+# %% ../../nbs/losses/02_distribution.ipynb #focal-loss
 class FocalLoss(SegmentationLoss):
     "Cross entropy times a power of what is missing [(Lin, 2017)](https://arxiv.org/abs/1708.02002)"
     reductions = PIXEL_REDUCTIONS
@@ -321,7 +342,7 @@ class FocalLoss(SegmentationLoss):
         reduced_threshold: float | None = None, # Entries with less probability keep a factor of 1
         class_weights: Sequence[float] | Tensor | None = None, # One weight for each class
         *,
-        activation: Literal["sigmoid", "softmax"] = "sigmoid", # One question a class, or one for all
+        activation: Literal["sigmoid", "softmax"] = "sigmoid", # A question a class, or one
     ):
         super().__init__(mode, ignore_index, from_logits, reduction, class_weights)
         allowed = ("sigmoid", "softmax") if mode == MULTICLASS_MODE else ("sigmoid",)
@@ -335,12 +356,8 @@ class FocalLoss(SegmentationLoss):
         y_pred: Tensor, # Logits `(b, c, h, w)`
         y_true: Tensor, # Labels `(b, h, w)`, or values `(b, c, h, w)`
     ) -> Tensor: # One number, `(b,)` with `"none"`, `(b, h, w)` with `"pixel"`
-        batch, alpha = self.prepare(y_pred, y_true), self.alpha
-        if alpha is not None:
-            if len(alpha) not in (1, batch.classes):
-                raise ValueError(f"alpha has {len(alpha)} numbers, "
-                                 f"but y_pred has {batch.classes} classes")
-            alpha = alpha.expand(batch.classes)
+        batch = self.prepare(y_pred, y_true)
+        alpha = _for_each_class(self.alpha, batch.classes)
         batch = batch._replace(logits=as_logits(batch.logits, self._entries, self.eps))
         form = softmax_focal if self.softmax else sigmoid_focal
         return form(batch, self.gamma, self.reduced_threshold, alpha,
@@ -381,7 +398,9 @@ class OHEMCrossEntropyLoss(SegmentationLoss):
     def kept(self, loss: Tensor, weights: Tensor | None) -> Tensor: # Whether an entry is kept
         if weights is not None: loss = loss.masked_fill(weights == 0, -1)  # comes last
         counted = loss >= 0
-        hardest = loss.flatten().topk(math.ceil(self.min_kept * loss.numel())).values
-        last = (self.min_kept * counted.sum()).ceil().long().sub(1).clamp(min=0)
+        at_most = math.ceil(self.min_kept * loss.numel())
+        hardest = loss.flatten().topk(at_most).values
+        number = (self.min_kept * counted.sum()).ceil().long()
+        last = (number - 1).clamp(min=0)
         least = hardest.gather(0, last.view(1))  # loss of the last that is kept in any case
         return counted & (loss >= least.clamp(max=-math.log(self.threshold)))

@@ -257,6 +257,23 @@ class DeepSupervisionLoss(CompositeLoss):
         weights = self.level_weights(len(terms))
         return sum(w*t for w, t in zip(weights, terms.values(), strict=True))
 
+# %% ../../nbs/losses/06_multitask.ipynb #pair-check
+def _check_pair(label_loss: bool, label_pred: bool, label: bool) -> None:
+    "Raise unless the loss, the model and the batch agree about labels"
+    if label_pred and not label_loss:
+        raise ValueError("the model gave a mask and a label, but this loss has no `label_loss`")
+    if label_pred and not label:
+        raise ValueError("the model gave a label, but the batch has none: add a label block to "
+                         "the data, or build the model without `aux_params`")
+    if label and not label_pred:
+        raise ValueError("the batch has labels, but the model gave a mask only: build it with "
+                         "`aux_params`, or leave the labels out of the data")
+
+def _task_at(threshold: float, loss: Callable | None, mode: str | None) -> Task | None:
+    "The task of a loss, with another threshold"
+    task = None if loss is None else task_of(loss, mode)
+    return None if task is None else replace(task, threshold=threshold)
+
 # %% ../../nbs/losses/06_multitask.ipynb #pair
 class PairLoss(CompositeLoss):
     "Losses of two answers, a mask and an image label, brought together with their targets"
@@ -271,10 +288,8 @@ class PairLoss(CompositeLoss):
         super().__init__(reduction)
         check_threshold(threshold)
         self.mask_loss, self.label_loss = mask_loss, label_loss
-        self.task = task_of(mask_loss, mask_mode)
-        self.label_task = None if label_loss is None else task_of(label_loss, label_mode)
-        if self.task: self.task = replace(self.task, threshold=threshold)
-        if self.label_task: self.label_task = replace(self.label_task, threshold=threshold)
+        self.task = _task_at(threshold, mask_loss, mask_mode)
+        self.label_task = _task_at(threshold, label_loss, label_mode)
 
     def forward(self,
         pred: Tensor | Sequence, # Mask logits `(b, c, h, w)`, or the tuple (mask, label)
@@ -282,7 +297,7 @@ class PairLoss(CompositeLoss):
         label: Tensor | None = None, # Labels of the `b` images, as `label_loss` wants them
         reduction: str | None = None, # Used in place of `self.reduction` in this call
     ) -> Tensor: # One number, or `(b,)` with reduction "none"
-        self._check(self._is_pair(pred), label)
+        _check_pair(self.label_loss is not None, self._is_pair(pred), label is not None)
         targets = [mask] if label is None else [mask, label]
         return super().forward(pred, *targets, reduction=reduction)
 
@@ -298,24 +313,12 @@ class PairLoss(CompositeLoss):
         if isinstance(pred, Tensor): return False
         return self.label_loss is not None or not isinstance(self.mask_loss, DeepSupervisionLoss)
 
-    def _check(self, pair: bool, label: Tensor | None) -> None:
-        "Raise unless the model, the batch and this loss agree about labels"
-        if pair and self.label_loss is None: raise ValueError(_NO_LABEL_LOSS)
-        if pair and label is None:
-            raise ValueError("the model gave a label, but the batch has none: add a label block to "
-                             "the data, or build the model without `aux_params`")
-        if label is not None and not pair:
-            raise ValueError("the batch has labels, but the model gave a mask only: build it with "
-                             "`aux_params`, or leave the labels out of the data")
-
     def _answer(self, pred, method: Callable):
         "A tuple for a tuple"
         if not self._is_pair(pred): return _ask(self.task, pred, method)
-        if self.label_loss is None: raise ValueError(_NO_LABEL_LOSS)
+        _check_pair(self.label_loss is not None, True, True)
         mask, label = pred
         return _ask(self.task, mask, method), _ask(self.label_task, label, method)
-
-_NO_LABEL_LOSS = "the model gave a mask and a label, but this loss has no `label_loss`"
 
 # %% ../../nbs/losses/06_multitask.ipynb #multi
 class MultiTaskLoss(PairLoss):

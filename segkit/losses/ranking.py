@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.task import MULTICLASS_MODE, MULTILABEL_MODE, Task, compute_dtype
 from .base import (Batch, SegmentationLoss, as_logits, check_hard, chunks,
-                                count_pixels, probabilities, safe_divide, wide_dtype)
+                                count_pixels, probabilities, safe_divide, slices, wide_dtype)
 
 # %% ../../nbs/losses/03_ranking.ipynb #plain-weights
 def plain_lovasz_weights(
@@ -137,13 +137,11 @@ class Rows(NamedTuple):
 
     def weights(self, errors: Tensor, labels: Tensor) -> Tensor: # Weights `(b, c, n)`
         "Weights of errors, from errors and labels `(b, c, n)`"
-        b, c, n = errors.shape
-        if self.by_image:
-            rows = (b, c, n) if self.by_class else (b, c*n)
-            return lovasz_weights(errors.reshape(rows), labels.reshape(rows)).view(b, c, n)
-        rows = (c, b*n) if self.by_class else (1, c*b*n)
-        errors, labels = (x.transpose(0, 1).reshape(rows) for x in (errors, labels))
-        return lovasz_weights(errors, labels).view(c, b, n).transpose(0, 1)
+        if not self.by_image: errors, labels = errors.transpose(0, 1), labels.transpose(0, 1)
+        apart = self.by_image + self.by_class  # how many of the first axes
+        flat = [x.reshape(*x.shape[:apart], -1) for x in (errors, labels)]
+        weights = lovasz_weights(*flat).view(errors.shape)
+        return weights if self.by_image else weights.transpose(0, 1)
 
     def total(self, losses: Tensor, share: Tensor) -> Tensor: # `(b,)`, or `(1,)` of the batch
         "Sum of the losses `(b, c)`, each row times its `share` `(b, c)` or `(1, c)`"
@@ -198,27 +196,33 @@ def _errors_and_slopes(batch: Batch, classes: slice, hinge: bool, softmax: _Soft
 def _class_slices(logits: Tensor, by_class: bool) -> list[slice]:
     "Which classes are taken at once"
     b, c, n = logits.shape
+    if not by_class: return [slice(0, c)]
     numbers = 2**20 if logits.device.type == "cpu" else 2**25
-    size = max(1, numbers // max(1, b*n)) if by_class else c
-    return [slice(k, min(k + size, c)) for k in range(0, c, size)]
+    return slices(c, max(1, numbers // max(1, b*n)))
+
+def _take_off_shared(gradient: Tensor, logits: Tensor, softmax: _Softmax, shared: Tensor) -> None:
+    "Subtract $p$ times the sum over the classes from the gradient, in place"
+    for i, j in chunks(logits):
+        p = softmax(logits[i, :, j], (i, slice(None), j))
+        gradient[i, :, j] -= p.mul_(shared[i, :, j])
 
 def _loss_and_gradient(batch: Batch, share: Tensor, task: Task, rows: Rows, slopes: bool):
     "Loss of each image, or of the batch, and the gradient of their sum if `slopes`"
-    logits, hinge = batch.logits, task.mode != MULTICLASS_MODE
-    softmax = _softmax_of(logits) if task.from_logits and not hinge else None
+    logits, hinge, softmax = batch.logits, task.mode != MULTICLASS_MODE, None
+    if task.from_logits and not hinge: softmax = _softmax_of(logits)
     total = share.new_zeros(len(share), dtype=wide_dtype(logits))
     gradient = torch.empty_like(logits, dtype=share.dtype) if slopes else None
     shared = share.new_zeros(len(logits), 1, logits.shape[2])  # sum of p*g over the classes
     for classes in _class_slices(logits, rows.by_class):
         errors, labels, slope = _errors_and_slopes(batch, classes, hinge, softmax)
         weights, part = rows.weights(errors, labels), share[:, classes]
-        total += rows.total(errors.mul_(weights).sum(-1), part)
+        losses = errors.mul_(weights).sum(-1)
+        total += rows.total(losses, part)
         if not slopes: continue
-        gradient[:, classes] = slope.mul_(weights).mul_(part[..., None])
+        slope.mul_(weights).mul_(part[..., None])
+        gradient[:, classes] = slope
         if softmax is not None: shared += slope.sum(1, keepdim=True)
-    if slopes and softmax is not None:
-        for i, j in chunks(logits):
-            gradient[i, :, j] -= softmax(logits[i, :, j], (i, slice(None), j)).mul_(shared[i, :, j])
+    if slopes and softmax is not None: _take_off_shared(gradient, logits, softmax, shared)
     return total.to(share.dtype), gradient
 
 # %% ../../nbs/losses/03_ranking.ipynb #function
@@ -237,13 +241,14 @@ class _LovaszFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         *batch, share = ctx.saved_tensors
         batch = Batch(*batch)
-        logits = batch.logits
         if torch.is_grad_enabled():  # create_graph=True: second derivatives are wanted
             total = plain_lovasz(batch, share, *ctx.options)
-            return *torch.autograd.grad(total, logits, grad, create_graph=True), *[None]*5
+            gradient, = torch.autograd.grad(total, batch.logits, grad, create_graph=True)
+            return gradient, *[None]*5
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None: _, gradient = _loss_and_gradient(batch, share, *ctx.options, True)
-        return gradient.mul_(grad[:, None, None]).to(logits.dtype), *[None]*5
+        gradient.mul_(grad[:, None, None])
+        return gradient.to(batch.logits.dtype), *[None]*5
 
 # %% ../../nbs/losses/03_ranking.ipynb #lovasz-losses
 def lovasz_losses(

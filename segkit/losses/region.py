@@ -44,10 +44,10 @@ def _add_sums(sums: Tensor, p: Tensor, part: Batch) -> None:
         actual += part.target.sum(2)
         return
     labels = part.target
-    of_true_class = p.gather(1, labels[:, None])[:, 0]
-    counts = torch.ones_like(of_true_class) if part.counted is None else part.counted
-    overlap.scatter_add_(1, labels, of_true_class.to(sums.dtype))
-    actual.scatter_add_(1, labels, counts.to(sums.dtype))
+    of_true_class = p.gather(1, labels[:, None])[:, 0].to(sums.dtype)
+    ones = torch.ones_like(of_true_class)
+    overlap.scatter_add_(1, labels, of_true_class)
+    actual.scatter_add_(1, labels, ones if part.counted is None else ones * part.counted)
 
 # %% ../../nbs/losses/01_region.ipynb #chunk-gradient
 def _gradient_of_probabilities(p: Tensor, part: Batch, grad: Tensor) -> Tensor:
@@ -66,34 +66,45 @@ def _gradient_of_logits(d: Tensor, p: Tensor, part: Batch, task: Task) -> Tensor
     if task.mode == MULTICLASS_MODE: return d.addcmul_(p, d.sum(1, keepdim=True), value=-1)
     return d.mul_(1 - p)
 
+# %% ../../nbs/losses/01_region.ipynb #closed-sums
+def _closed_sums(batch: Batch, task: Task) -> Tensor:
+    "`plain_sums` of a flat batch, chunk by chunk"
+    logits = batch.logits
+    shape = 3, *logits.shape[:2]
+    sums = torch.zeros(shape, dtype=wide_dtype(logits), device=logits.device)
+    for images, pixels in chunks(logits):
+        part = batch.chunk(images, pixels)
+        p = _counted_probabilities(part, task)
+        _add_sums(sums[:, images], p, part)
+    return sums
+
+def _closed_gradient(batch: Batch, task: Task, grad: Tensor) -> Tensor:
+    "Gradient of the logits `(b, c, n)` from that of the sums `(3, b, c)`, chunk by chunk"
+    gradient = torch.empty_like(batch.logits)
+    for images, pixels in chunks(batch.logits):
+        part = batch.chunk(images, pixels)
+        p = _counted_probabilities(part, task)
+        d = _gradient_of_probabilities(p, part, grad[:, images])
+        gradient[images, :, pixels] = _gradient_of_logits(d, p, part, task)
+    return gradient
+
 # %% ../../nbs/losses/01_region.ipynb #sums
 class _RegionSums(torch.autograd.Function):
-    "`plain_sums` of a flat batch, chunk by chunk, with the gradient in closed form"
+    "`plain_sums` of a flat batch, with the gradient in closed form"
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, counted: Tensor | None, task: Task) -> Tensor:
         ctx.save_for_backward(logits, target, counted)
-        ctx.task, batch = task, Batch(logits, target, counted)
-        shape = 3, *logits.shape[:2]
-        sums = torch.zeros(shape, dtype=wide_dtype(logits), device=logits.device)
-        for images, pixels in chunks(logits):
-            part = batch.chunk(images, pixels)
-            _add_sums(sums[:, images], _counted_probabilities(part, task), part)
-        return sums
+        ctx.task = task
+        return _closed_sums(Batch(logits, target, counted), task)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        batch, task = Batch(*ctx.saved_tensors), ctx.task
-        logits = batch.logits
-        grad = grad.to(compute_dtype(logits))
-        if torch.is_grad_enabled():  # create_graph=True: second derivatives are wanted
-            sums = plain_sums(batch, task)
-            return *torch.autograd.grad(sums, logits, grad, create_graph=True), None, None, None
-        gradient = torch.empty_like(logits)
-        for images, pixels in chunks(logits):
-            part = batch.chunk(images, pixels)
-            p = _counted_probabilities(part, task)
-            d = _gradient_of_probabilities(p, part, grad[:, images])
-            gradient[images, :, pixels] = _gradient_of_logits(d, p, part, task)
+        batch = Batch(*ctx.saved_tensors)
+        grad = grad.to(compute_dtype(batch.logits))
+        if not torch.is_grad_enabled():
+            return _closed_gradient(batch, ctx.task, grad), None, None, None
+        sums = plain_sums(batch, ctx.task)  # create_graph=True: second derivatives are wanted
+        gradient, = torch.autograd.grad(sums, batch.logits, grad, create_graph=True)
         return gradient, None, None, None
 
 # %% ../../nbs/losses/01_region.ipynb #region-sums
@@ -149,18 +160,20 @@ class RegionLoss(ChosenClassesLoss):
         return self.mean_over_classes(self.class_losses(sums, pixels), sums[2] > 0)
 
     def class_losses(self, sums: Tensor, pixels: Tensor) -> Tensor: # `(..., c)`
-        present = sums[2] > 0
+        _, predicted, actual = sums
+        present = actual > 0
         score = tversky_score(sums, self.alpha, self.beta, self.smooth, self.eps)
         if self.empty == "penalize":
-            mean_probability = safe_divide(sums[1], pixels)
+            mean_probability = safe_divide(predicted, pixels)
             score = torch.where(present, score, 1 - mean_probability)
         loss = -score.clamp_min(self.eps).log() if self.log_loss else 1 - score
-        return loss if self.empty == "penalize" else torch.where(present, loss, 0)
+        if self.empty == "penalize": return loss
+        return torch.where(present, loss, 0)
 
-    def mean_over_classes(self, losses: Tensor, present: Tensor) -> Tensor: # `(...)` from `(..., c)`
-        counts = present if self.empty == "exclude" else torch.ones_like(present)
-        losses, counts, weights = map(self.choose, (losses, counts, self.class_weights))
-        return mean_over_classes(losses, counts, weights)
+    def mean_over_classes(self, losses: Tensor, present: Tensor) -> Tensor: # `(...)` of `(..., c)`
+        if self.empty != "exclude": present = torch.ones_like(present)
+        losses, present = self.choose(losses), self.choose(present)
+        return mean_over_classes(losses, present, self.choose(self.class_weights))
 
 # %% ../../nbs/losses/01_region.ipynb #dice
 class DiceLoss(RegionLoss):
@@ -168,7 +181,7 @@ class DiceLoss(RegionLoss):
     alpha = beta = 0.5
 
 class JaccardLoss(RegionLoss):
-    "One minus the Jaccard score [(Rahman, Wang, 2016)](https://doi.org/10.1007/978-3-319-50835-1_22)"
+    "One minus the Jaccard score [(Rahman and Wang)](https://doi.org/10.1007/978-3-319-50835-1_22)"
     alpha = beta = 1.0
 
 # %% ../../nbs/losses/01_region.ipynb #tversky
@@ -200,12 +213,12 @@ class TverskyLoss(RegionLoss):
                          class_weights, empty=empty, reduction=reduction)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
 
-    def mean_over_classes(self, losses: Tensor, present: Tensor) -> Tensor: # `(...)` from `(..., c)`
+    def mean_over_classes(self, losses: Tensor, present: Tensor) -> Tensor: # `(...)` of `(..., c)`
         return _power(super().mean_over_classes(losses, present), self.gamma, self.eps)
 
 # %% ../../nbs/losses/01_region.ipynb #focal-tversky
 class FocalTverskyLoss(RegionLoss):
-    "One minus Tversky, to the power `1/gamma` [(Abraham, Khan, 2018)](https://arxiv.org/abs/1810.07842)"
+    "One minus Tversky, to the power `1/gamma` [(Abraham, Khan)](https://arxiv.org/abs/1810.07842)"
     def __init__(self,
         mode: str, # `"binary"`, `"multiclass"` or `"multilabel"`
         classes: Sequence[int] | None = None, # Classes that enter the mean; None for all

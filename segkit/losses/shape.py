@@ -94,7 +94,7 @@ def soft_skeleton(
     x: Tensor, # Probabilities `(b, c, h, w)`; one to three spatial axes
     iterations: int = 10, # Erosions, at least half the width of the widest thing
 ) -> Tensor: # Skeleton, from 0 to 1, of the same shape
-    "What openings take away, erosion by erosion [(Shit et al., 2021)](https://arxiv.org/abs/2003.07311)"
+    "What openings take away, step by step [(Shit et al., 2021)](https://arxiv.org/abs/2003.07311)"
     if x.ndim - 2 not in _POOL:
         raise ValueError(f"x {tuple(x.shape)}: expected (b, c, ...) with one to three spatial axes")
     dilate, skeleton = _POOL[x.ndim - 2], torch.zeros_like(x)
@@ -107,7 +107,7 @@ def soft_skeleton(
 
 # %% ../../nbs/losses/05_shape.ipynb #cldice
 class SoftClDiceLoss(ChosenClassesLoss):
-    "One minus clDice, the overlap of centre lines [(Shit et al., 2021)](https://arxiv.org/abs/2003.07311)"
+    "One minus the overlap of centre lines [(Shit et al., 2021)](https://arxiv.org/abs/2003.07311)"
     def __init__(self,
         mode: str, # `"binary"`, `"multiclass"` or `"multilabel"`
         classes: Sequence[int] | None = None, # Classes that enter the mean, such as the thin ones
@@ -131,14 +131,16 @@ class SoftClDiceLoss(ChosenClassesLoss):
         p = probabilities(logits, self.task)
         if counted is not None: p = p * counted
         p, t = self.choose(p, 1), self.choose(target, 1)
-        line_p, line_t = soft_skeleton(p, self.iterations), soft_skeleton(t, self.iterations)
-        products = line_p * t, line_p, line_t * p, line_t
-        return torch.stack([x.flatten(2).sum(2, dtype=wide_dtype(p)) for x in products])
+        line_p = soft_skeleton(p, self.iterations)
+        line_t = soft_skeleton(t, self.iterations)
+        maps = line_p * t, line_p, line_t * p, line_t
+        return torch.stack([x.flatten(2).sum(2, dtype=wide_dtype(p)) for x in maps])
 
     def loss_of(self, sums: Tensor, pixels: Tensor) -> Tensor: # `(...)` from `(4, ..., c)`
-        counts, weights = self.choose(pixels) > 0, self.choose(self.class_weights)
-        return mean_over_classes(1 - self.scores(sums), counts, weights)
+        losses, present = 1 - self.scores(sums), self.choose(pixels) > 0
+        return mean_over_classes(losses, present, self.choose(self.class_weights))
 
     def scores(self, sums: Tensor) -> Tensor: # clDice `(..., c)` from the four sums `(4, ..., c)`
-        precision, sensitivity = (sums[::2] + self.smooth) / (sums[1::2] + self.smooth)
+        covered, whole = sums[::2] + self.smooth, sums[1::2] + self.smooth
+        precision, sensitivity = covered / whole
         return 2 * precision * sensitivity / (precision + sensitivity)
