@@ -172,7 +172,8 @@ class SumLoss(CompositeLoss):
         self.weights = {}
         for name, loss in losses.items():
             if hasattr(self, name):
-                raise ValueError(f"a loss cannot be called {name!r}: that is an attribute of SumLoss")
+                raise ValueError(f"a loss cannot be called {name!r}: "
+                                 "that is an attribute of SumLoss")
             setattr(self, name, loss)
             self.weights[name] = _weight(weights.get(name, 1.), f"the weight of {name!r}")
         self.task = _agree({name: task_of(loss) for name, loss in losses.items()})

@@ -159,7 +159,7 @@ def plain_lovasz(
     weights = rows.weights(errors.detach(), labels)
     return rows.total((errors * weights).sum(-1), share)
 
-# %% ../../nbs/losses/03_ranking.ipynb #class-slopes
+# %% ../../nbs/losses/03_ranking.ipynb #softmax-parts
 class _Softmax(NamedTuple):
     "What is needed to compute any probability of a pixel"
     top: Tensor # Largest logit of each pixel `(b, 1, n)`
@@ -178,6 +178,7 @@ def _softmax_of(logits: Tensor) -> _Softmax:
         scale[i, :, j] = (x - top[i, :, j]).exp_().sum(1, keepdim=True).reciprocal_()
     return _Softmax(top, scale)
 
+# %% ../../nbs/losses/03_ranking.ipynb #class-slopes
 def _errors_and_slopes(batch: Batch, classes: slice, hinge: bool, softmax: _Softmax | None):
     "Errors, labels and slopes of the errors of some classes `(b, k, n)`; a softmax's times $p$"
     labels, counted = _labels_and_mask(batch, classes)
@@ -192,7 +193,7 @@ def _errors_and_slopes(batch: Batch, classes: slice, hinge: bool, softmax: _Soft
     if counted is not None: errors.masked_fill_(~counted, -1)
     return errors, labels, torch.where(labels, -slope, slope)
 
-# %% ../../nbs/losses/03_ranking.ipynb #loop
+# %% ../../nbs/losses/03_ranking.ipynb #loop-parts
 def _class_slices(logits: Tensor, by_class: bool) -> list[slice]:
     "Which classes are taken at once"
     b, c, n = logits.shape
@@ -206,6 +207,7 @@ def _take_off_shared(gradient: Tensor, logits: Tensor, softmax: _Softmax, shared
         p = softmax(logits[i, :, j], (i, slice(None), j))
         gradient[i, :, j] -= p.mul_(shared[i, :, j])
 
+# %% ../../nbs/losses/03_ranking.ipynb #loop
 def _loss_and_gradient(batch: Batch, share: Tensor, task: Task, rows: Rows, slopes: bool):
     "Loss of each image, or of the batch, and the gradient of their sum if `slopes`"
     logits, hinge, softmax = batch.logits, task.mode != MULTICLASS_MODE, None
