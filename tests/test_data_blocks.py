@@ -17,9 +17,8 @@ from PIL import Image
 from torch import nn
 
 import segkit
-from segkit.data import MaskDataLoaders, SegmentationBlocks, data_statistics
+from segkit.data import MaskDataLoaders, SegmentationBlocks, data_statistics, shims
 from segkit.data.blocks import VOID, TensorChannels, TensorVoidMask, read_array
-from segkit.data import shims
 from segkit.learner import MaskScore, segmentation_learner
 
 torch.set_num_threads(1)

@@ -13,12 +13,11 @@ from fastai.vision.augment import RandomCrop, RandomResizedCropGPU
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 
-from segkit.data import MaskDataLoaders, camvid_dataloaders, data_statistics, pets_dataloaders
 from segkit.core.archive import Archive, download
+from segkit.data import MaskDataLoaders, camvid_dataloaders, data_statistics, pets_dataloaders, shims
 from segkit.data.camvid import CAMVID, camvid_table
 from segkit.data.loaders import read_codes
 from segkit.data.pets import PETS, pets_table
-from segkit.data import shims
 from segkit.learner import segmentation_learner
 
 torch.set_num_threads(1)

@@ -20,8 +20,8 @@ from fastai.vision.data import ImageBlock, MaskBlock
 from fastai.vision.learner import _timm_norm
 from torch import nn
 
-from segkit.data.shapes import shapes_dataloaders
 from segkit.data import shims
+from segkit.data.shapes import shapes_dataloaders
 from segkit.losses import MultiTaskLoss
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{hidden.message}") for hidden in shims.HIDDEN.values()]

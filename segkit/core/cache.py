@@ -42,7 +42,7 @@ def build_once(
         build(part)
         try: part.rename(target)
         except OSError:
-            if not target.is_dir(): raise  # otherwise another process was first, and its folder is as good
+            if not target.is_dir(): raise  # else another process was first; its folder is as good
     finally: shutil.rmtree(part, ignore_errors=True)
     return target
 

@@ -188,7 +188,7 @@ def brain_dataloaders(
     bs: int = 8, # Batch size
     degraded: bool = True, # Degrade the pictures as a scanner may
     variants: int = 2, # Degraded pictures of each training slice
-    in_channels: int = 3, # Channels of the picture: 1, or 3 equal ones as an ImageNet encoder expects
+    in_channels: int = 3, # Channels of the picture: 1, or 3 equal ones
     cache: str | Path | None = None, # Folder to build the slices in; None for `cache_folder()`
     item_tfms: Any = None, # fastai's transforms of an item
     batch_tfms: Any = None, # fastai's transforms of a batch
@@ -208,7 +208,7 @@ def brain_dataloaders(
 
 # %% ../../nbs/data/03_brain.ipynb #lookup
 def intensity_lookup(
-    items: Iterable[tuple], # Pairs or triples that begin with picture and mask, such as `dls.train_ds`
+    items: Iterable[tuple], # Tuples that begin with picture and mask, such as `dls.train_ds`
     classes: int = len(CODES), # Number of classes
 ) -> Tensor: # Class of each of 256 intensities `(256,)`
     "The best guess of a pixel's class from its own intensity: what any network has to beat"
@@ -225,7 +225,7 @@ def intensity_lookup(
 # %% ../../nbs/data/03_brain.ipynb #lookup-masks
 def lookup_masks(
     dls: DataLoaders, # Loaders of `brain_dataloaders`
-) -> tuple[Tensor, Tensor]: # Masks by the lookup and true masks `(n, h, w)` of all validation slices
+) -> tuple[Tensor, Tensor]: # Masks by the lookup and true masks `(n, h, w)`, to validate
     "What the best lookup from intensity to class answers on the validation slices"
     lookup = intensity_lookup(dls.train_ds)
     pictures = torch.stack([torch.from_numpy(np.array(picture)) for picture, *_ in dls.valid_ds])

@@ -113,7 +113,7 @@ def camvid_dataloaders(
     item_tfms: Any = None, # fastai's transforms of an item, in place of the resizing
     batch_tfms: Any = None, # fastai's transforms of a batch
     **kwargs: Any, # Arguments of fastai's loaders, such as `num_workers`, `device`
-) -> MaskDataLoaders: # Batches (frame, mask, label), or (frame, mask); the third loader is the test
+) -> MaskDataLoaders: # Batches (frame, mask, label), or (frame, mask); the third is the test
     "CamVid with eleven classes and void, ready for a `Learner`"
     if labels not in ("present", None):
         raise ValueError(f"labels={labels!r}: expected 'present', or None for a mask alone")

@@ -66,7 +66,7 @@ def pets_dataloaders(
     item_tfms: Any = None, # fastai's transforms of an item, in place of the resizing
     batch_tfms: Any = None, # fastai's transforms of a batch
     **kwargs: Any, # Arguments of fastai's loaders, such as `num_workers`, `device`
-) -> MaskDataLoaders: # Batches (picture, mask, label), or (picture, mask); the third loader is the test
+) -> MaskDataLoaders: # Batches (picture, mask, label), or (picture, mask); the third is the test
     "Oxford-IIIT Pet, ready for a `Learner`"
     check_choice("border", border, BORDERS)
     if labels is not None: check_choice("labels", labels, ("species", "breed"))

@@ -54,7 +54,7 @@ def draw_shapes(
     classes: int = 4, # Number of classes with the background
     in_channels: int = 3, # Channels of the picture
     top: int = 1, # Class of the form that lies on top
-) -> tuple[np.ndarray, np.ndarray, int]: # Picture `(h, w, in_channels)`, mask `(h, w)`, number of forms
+) -> tuple[np.ndarray, np.ndarray, int]: # Picture `(h, w, in_channels)`, mask `(h, w)`, forms
     "A picture with one to three forms, and its mask"
     rng = np.random.default_rng(seed)
     h, w = (size, size) if isinstance(size, int) else size
@@ -91,7 +91,7 @@ def label_of(
 
 # %% ../../nbs/data/02_shapes.ipynb #loaders
 def shapes_dataloaders(
-    labels: Literal["largest", "present", "count"] | None = "largest", # Second target; None for a mask alone
+    labels: Literal["largest", "present", "count"] | None = "largest", # Second target
     size: int | tuple[int, int] = 64, # Height and width, at least 16
     bs: int = 8, # Batch size
     n: int = 64, # Number of pictures to train on

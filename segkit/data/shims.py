@@ -65,7 +65,8 @@ DEFECTS = { # what is wrong in fastai -> (issue, where segkit answers)
         ("4092", "`data.shims`; `data.display` for (mask, label)"),
     "`tta` averages answers to flipped pictures without flipping them back":
         ("646", "`SegmentationLearner.tta`"),
-    "`predict` keeps the batch's dimension of two outputs, and loses the second one's probabilities":
+    "`predict` keeps the batch's dimension of two outputs, "
+    "and loses the second one's probabilities":
         ("", "`SegmentationLearner.predict`"),
     "`get_c` counts labels where there are mask codes too":
         ("", "`read_targets`"),

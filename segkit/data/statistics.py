@@ -65,7 +65,7 @@ class Statistics:
     codes: list | None = None # Names of the classes
 
     def weights(self,
-        method: Literal["median", "inverse", "log", "effective"] = "median", # How classes are weighed
+        method: Literal["median", "inverse", "log", "effective"] = "median", # How to weigh
         beta: float = 0.999, # Of the effective number: how little a further picture adds
     ) -> Tensor: # Weight of each class, mean 1 over those that occur `(classes,)`
         "Weights for a loss"
@@ -127,11 +127,14 @@ def _tensors(picture, mask):
                          f"with a mask of {tuple(mask.shape[-2:])}")
     return (picture.double()/255 if picture.dtype == torch.uint8 else picture), mask
 
-def _tensor(x): return x.as_subclass(Tensor) if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+def _tensor(x):
+    if isinstance(x, Tensor): return x.as_subclass(Tensor)
+    return torch.from_numpy(np.array(x))
 
 def _count(mask, classes, ignore_index):
     "Pixels of each class `(classes,)`, and which pixels of the picture are not void `(h, w)`"
-    void = torch.zeros_like(mask, dtype=torch.bool) if ignore_index is None else mask == ignore_index
+    if ignore_index is None: void = torch.zeros_like(mask, dtype=torch.bool)
+    else: void = mask == ignore_index
     if mask.dim() == 3:  # a channel for each class
         known = ~void.any(0)
         return ((mask == 1) & known).flatten(1).sum(1), known
