@@ -499,10 +499,10 @@ def _progress(rows): return progress_bar(rows, leave=False)
 # %% ../../nbs/learner/03_learner.ipynb #processes
 @patch
 def distrib_ctx(self: SegmentationLearner,
-    sync_bn: bool | None = None, # Share the statistics of BatchNorm among processes; None: on a GPU
+    sync_bn: bool | None = None, # Share the statistics of BatchNorm; None: on a GPU
     **kwargs: Any, # Arguments of fastai's `distrib_ctx` and of accelerate's `Accelerator`
 ) -> AbstractContextManager: # Context with the learner
-    "A context in which `fit` trains in all processes that were launched; with one process, nothing changes"
+    "A context in which `fit` trains in all processes that were launched, be it one"
     return several_processes(self, sync_bn, **kwargs)
 
 # %% ../../nbs/learner/03_learner.ipynb #save
