@@ -47,7 +47,7 @@ from segkit.learner import (
 from segkit.losses import MultiTaskLoss
 
 torch.set_num_threads(1)
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]  # pytest sets all filters anew
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{hidden.message}") for hidden in shims.HIDDEN.values()]  # pytest sets all filters anew
 CODES, LABELS = ["ground", "square", "edge"], ["odd", "even"]
 SMALL = dict(encoder_name="resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(32, 16, 8))
 
