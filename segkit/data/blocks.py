@@ -192,9 +192,9 @@ class PILVoidMask(PILMask):
 # %% ../../nbs/data/01_blocks.ipynb #table
 def value_table(
     classes: int, # Number of classes
-    values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value, or values of class 0, 1, ...
+    values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value of a file
     void: int | Sequence[int] | None = None, # Values of the file that mean void
-) -> np.ndarray | None: # What each value becomes `(65536,)`, -1 for an error; None to change nothing
+) -> np.ndarray | None: # What each value becomes `(65536,)`, -1 for an error; None for no change
     "The table that turns a file's numbers into classes and void"
     classes = max(classes, 2)  # one class is a binary mask, of zeros and ones
     void = [] if void is None else [void] if isinstance(void, (int, np.integer)) else list(void)
@@ -258,7 +258,7 @@ class ReadMask(Transform):
     "Read masks, one class a pixel or, with `overlapping`, any number"
     def __init__(self,
         codes: Sequence[str], # Names of the classes
-        values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value; None to take them as they are
+        values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value of a file
         void: int | Sequence[int] | None = None, # Values of the file that mean void
         overlapping: bool = False, # Whether classes may share a pixel
     ):
@@ -292,8 +292,8 @@ class ReadMask(Transform):
 
 # %% ../../nbs/data/01_blocks.ipynb #mask-block
 def mask_block(
-    codes: Sequence[str], # Names of the classes in the order of their values; one name for a binary mask
-    values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value; None to take them as they are
+    codes: Sequence[str], # Names of the classes, by their values; one name for a binary mask
+    values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value of a file
     void: int | Sequence[int] | None = None, # Values of the file that mean void
     overlapping: bool = False, # Whether classes may share a pixel
 ) -> TransformBlock: # Block that reads files or arrays
@@ -305,15 +305,15 @@ def mask_block(
 
 # %% ../../nbs/data/01_blocks.ipynb #blocks
 def SegmentationBlocks(
-    codes: Sequence[str], # Names of the classes in the order of their values; one name for a binary mask
-    labels: Sequence[str] | str | None = None, # Names of the labels; "present" for the mask's classes; None without
+    codes: Sequence[str], # Names of the classes, by their values; one name for a binary mask
+    labels: Sequence[str] | str | None = None, # Their names; "present" for the mask's classes
     multi_label: bool = False, # Whether a picture may have several labels, or none
     in_channels: int = 3, # Channels of the picture
-    values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value of a mask's file; None as they are
+    values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value of a file
     void: int | Sequence[int] | None = None, # Values of a mask's file that mean void
     overlapping: bool = False, # Whether classes may share a pixel
     bands: Sequence[int] = (0, 1, 2), # Channels shown as red, green and blue, if more than three
-    label_names: Sequence[str] | None = None, # With "present", the classes that are labels; all if None
+    label_names: Sequence[str] | None = None, # With "present", the labels; None for all
     min_share: float = 0., # With "present", the smallest share of a picture's pixels that counts
 ) -> tuple[TransformBlock, ...]: # Blocks of picture, mask and, with `labels`, label
     "Blocks for `DataBlock(..., n_inp=1)`"

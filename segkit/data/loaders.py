@@ -29,7 +29,7 @@ class FromColumn:
     "Read a cell of a row; a file that is no row passes"
     def __init__(self,
         column: str | int, # Name or place of the column
-        folder: str | Path | None = None, # Put before the cell, as a path; None to take the cell as it is
+        folder: str | Path | None = None, # Put before the cell, as a path
         delimiter: str | None = None, # Between several labels in one cell
     ):
         self.column, self.folder, self.delimiter = column, folder, delimiter
@@ -57,7 +57,7 @@ class MaskInFolder:
     def __init__(self,
         images: Path, # Folder of the pictures
         masks: Path, # Folder of the masks
-        name: str = "{stem}", # Name of a mask without its ending, `{stem}` being that of the picture
+        name: str = "{stem}", # Name of a mask without its ending; `{stem}` is the picture's
     ):
         self.images, self.masks, self.name = Path(images), Path(masks), name
         self._files = None  # the files at each place, once they are asked for
@@ -134,8 +134,8 @@ def read_codes(
     if not file.is_file():
         raise ValueError("the names of the classes are missing: "
                          f"give `codes`, or write them to {file}, one a line")
-    lines = file.read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark before the text
-    return [line.strip() for line in lines if line.strip()]
+    text = file.read_text(encoding="utf-8-sig")  # some editors put a mark before the text
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 # %% ../../nbs/data/05_loaders.ipynb #loaders-parts
 def _targets(codes, items, get_mask, get_label, labels, options):
@@ -169,10 +169,10 @@ def _with_batches(dls):
     return dls
 
 _LOADER_ARGUMENTS = (
-    "bs", "val_bs", "num_workers", "shuffle", "val_shuffle", "drop_last", "device", "n", "pin_memory",
-    "timeout", "persistent_workers", "dl_type", "dl_kwargs", "verbose", "before_iter", "after_item",
-    "before_batch", "after_batch", "after_iter", "create_batches", "create_item", "create_batch",
-    "retain", "get_idxs", "sample", "shuffle_fn", "do_batch", "wif")
+    "bs", "val_bs", "num_workers", "shuffle", "val_shuffle", "drop_last", "device", "n",
+    "pin_memory", "timeout", "persistent_workers", "dl_type", "dl_kwargs", "verbose", "before_iter",
+    "after_item", "before_batch", "after_batch", "after_iter", "create_batches", "create_item",
+    "create_batch", "retain", "get_idxs", "sample", "shuffle_fn", "do_batch", "wif")
 
 # %% ../../nbs/data/05_loaders.ipynb #folder-parts
 def _pictures(root, extensions):
@@ -233,7 +233,7 @@ class MaskDataLoaders(DataLoaders):
         codes: Sequence[str], # Names of the mask's classes in the order of their values
         get_label: Callable | None = None, # From an item to its label, or list of labels
         labels: Sequence | str | None = None, # Names of the labels; None if they occur; "present"
-        splitter: Callable | None = None, # From the items to the indices of both sets; None by chance
+        splitter: Callable | None = None, # From the items to both sets' indices; None by chance
         valid_pct: float = 0.2, # Share of the random validation set
         seed: int | None = None, # Seed of the random split
         path: str | Path = ".", # Where the learner keeps its files
@@ -242,7 +242,7 @@ class MaskDataLoaders(DataLoaders):
         batch_tfms: Any = None, # fastai's transforms of a batch
         in_channels: int = 3, # Channels of the pictures
         bands: Sequence[int] = (0, 1, 2), # Channels shown as red, green and blue
-        values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value of a mask's file
+        values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value in a file
         void: int | Sequence[int] | None = None, # Values of a mask's file that mean void
         overlapping: bool = False, # Whether classes may share a pixel
         min_share: float = 0., # With "present", the smallest share of pixels that counts
@@ -274,12 +274,12 @@ class MaskDataLoaders(DataLoaders):
         mask_func: Callable, # From a file to its mask
         valid_pct: float = 0.2, # Share of the random validation set
         seed: int | None = None, # Seed of the random split
-        codes: Sequence[str] | None = None, # Names of the mask's classes; None for `codes.txt` in `path`
+        codes: Sequence[str] | None = None, # Names of the classes; None for `codes.txt`
         item_tfms: Any = None, # fastai's transforms of an item
         batch_tfms: Any = None, # fastai's transforms of a batch
         img_cls: Any = None, # Class of the pictures, as in fastai
         label_func: Callable | None = None, # From a file to its label, or list of labels
-        labels: Sequence | str | None = None, # Names of the labels, or "present"; as in `from_items`
+        labels: Sequence | str | None = None, # Names of the labels, or "present"
         **kwargs: Any, # Other arguments of `from_items`, such as `void`, `splitter`, `bs`
     ) -> "MaskDataLoaders": # Batches (picture, mask), or (picture, mask, label)
         "Loaders from files and functions of them"
@@ -293,13 +293,13 @@ class MaskDataLoaders(DataLoaders):
         path: str | Path, # Folder that holds the others, and `codes.txt` unless `codes` is given
         images: str = "images", # Folder of the pictures
         masks: str = "masks", # Folder of the masks, built alike
-        codes: Sequence[str] | None = None, # Names of the mask's classes; None for `codes.txt`
+        codes: Sequence[str] | None = None, # Names of the classes; None for `codes.txt`
         mask_name: str = "{stem}", # Name of a mask without its ending, `{stem}` being its picture's
         train: str = "train", # Sub-folder of training pictures
         valid: str = "valid", # Sub-folder of validation pictures; without one the split is random
-        label_func: Callable | str | None = None, # From a file to its label or labels; "parent": its folder
-        labels: Sequence | str | None = None, # Names of the labels, or "present"; as in `from_items`
-        extensions: Sequence[str] | None = None, # Endings of pictures, such as [".npy"]; None for images
+        label_func: Callable | str | None = None, # From a file to its labels; or "parent"
+        labels: Sequence | str | None = None, # Names of the labels, or "present"
+        extensions: Sequence[str] | None = None, # Endings of pictures, such as [".npy"]
         **kwargs: Any, # Other arguments of `from_items`, such as `void`, `splitter`, `bs`
     ) -> "MaskDataLoaders": # Batches (picture, mask), or (picture, mask, label)
         "Loaders from a folder of pictures and a folder of masks"
@@ -318,8 +318,8 @@ class MaskDataLoaders(DataLoaders):
         path: str | Path = ".", # Folder that the files of the table start from
         image_col: str | int = 0, # Column of the pictures' files
         mask_col: str | int = 1, # Column of the masks' files
-        codes: Sequence[str] | None = None, # Names of the mask's classes; None for `codes.txt` in `path`
-        label_col: str | int | Sequence[str] | None = None, # Column of the label, or one column a label
+        codes: Sequence[str] | None = None, # Names of the classes; None for `codes.txt`
+        label_col: str | int | Sequence[str] | None = None, # Column of the label, or columns
         label_delim: str | None = None, # What stands between several labels in one cell
         valid_col: str | int | None = None, # Column that is true for validation pictures
         labels: Sequence | str | None = None, # Names of the labels, or "present"

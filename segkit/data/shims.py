@@ -22,8 +22,6 @@ class Hidden(NamedTuple):
 HIDDEN = {
     "torch.jit.script": Hidden(r".*torch\.jit\.script", Warning,
         "fastai's layers call it at import; deprecated in torch 2.10"),
-    "chained_assignment": Hidden(r".*mode\.chained_assignment", Warning,
-        "fastai.tabular sets it at import; deprecated in pandas 3"),
     "numpy.core": Hidden(r".*numpy\.core.*", DeprecationWarning,
         "fastai's `load_model` names numpy.core; deprecated in numpy 2"),
     "array copy": Hidden(r".*__array__.*copy.*", DeprecationWarning,
@@ -53,7 +51,7 @@ def _ignore(hidden): warnings.filterwarnings("ignore", hidden.message, hidden.ca
 def quiet_import() -> Iterator[None]: # Within the block fastai may be imported
     "Hide what fastai's import says of fastai; filters that libraries set at import stay"
     with warnings.catch_warnings():
-        for name in ("torch.jit.script", "chained_assignment"): _ignore(HIDDEN[name])
+        _ignore(HIDDEN["torch.jit.script"])
         known = list(warnings.filters)
         yield
         added = [entry for entry in warnings.filters if entry not in known]
@@ -65,7 +63,8 @@ DEFECTS = { # what is wrong in fastai -> (issue, where segkit answers)
         ("4092", "`data.shims`; `data.display` for (mask, label)"),
     "`tta` averages answers to flipped pictures without flipping them back":
         ("646", "`SegmentationLearner.tta`"),
-    "`predict` keeps the batch's dimension of two outputs, and loses the second one's probabilities":
+    "`predict` keeps the batch's dimension of two outputs, "
+    "and loses the second one's probabilities":
         ("", "`SegmentationLearner.predict`"),
     "`get_c` counts labels where there are mask codes too":
         ("", "`read_targets`"),
