@@ -12,8 +12,7 @@ from fastai.torch_core import TensorMultiCategory
 from torch import nn
 from torch.nn import functional as F
 
-from segkit.data import shapes_dataloaders
-from segkit.data import shims
+from segkit.data import shapes_dataloaders, shims
 from segkit.learner import ClassMix, MaskCutMix, MaskMixUp, segmentation_learner
 from segkit.losses import DiceLoss, MultiTaskLoss
 

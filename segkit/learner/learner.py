@@ -7,7 +7,7 @@ __all__ = ['LEARNER_ARGUMENTS', 'SegmentationLearner', 'default_loss', 'segmenta
 
 # %% ../../nbs/learner/03_learner.ipynb #imports
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
