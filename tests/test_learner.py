@@ -47,7 +47,7 @@ from segkit.learner import (
 from segkit.losses import MultiTaskLoss
 
 torch.set_num_threads(1)
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]  # pytest sets all filters anew
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{hidden.message}") for hidden in shims.HIDDEN.values()]  # pytest sets all filters anew
 CODES, LABELS = ["ground", "square", "edge"], ["odd", "even"]
 SMALL = dict(encoder_name="resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(32, 16, 8))
 
@@ -418,6 +418,25 @@ def test_binary_masks_have_one_logit(tmp_path):
     assert learn.evaluate()["mask_miou"] == pytest.approx(jaccard_score(true.flatten(), decoded.flatten()))
     learn.show_results()
     assert learn.predict(files[0])[1].shape == (32, 32)
+
+def test_a_probability_of_a_half_is_a_yes_everywhere(tmp_path):
+    files = write(tmp_path)
+    for path in files: Image.fromarray(np.ones((32, 32), np.uint8)).save(mask_of(path))
+    class Zero(nn.Conv2d):
+        def forward(self, x): return 0*super().forward(x)
+    learn = quiet(segmentation_learner(loaders(files, None, mask=MaskBlock(["no", "yes"])), Zero(3, 1, 1), classes=1))
+    decided = [learn.predict(files[0])[1], learn.predict_tiled(files[0], tile=16), learn.loss_func.decodes(learn.tta()[0]), learn.get_preds(with_decoded=True)[2]]
+    assert all((mask == 1).all() for mask in decided)
+    assert learn.evaluate()["mask_miou"] == 1 and SegmentationInterpretation.from_learner(learn).confusion_matrix()[1, 0] == 0
+
+def test_the_threshold_of_the_loss_holds_in_tiles_too(tmp_path):
+    files = write(tmp_path)
+    for path in files: Image.fromarray(np.ones((32, 32), np.uint8)).save(mask_of(path))
+    dls = loaders(files, None, mask=MaskBlock(["no", "yes"]))
+    learn = quiet(segmentation_learner(dls, nn.Conv2d(3, 1, 1), classes=1, loss_func=MultiTaskLoss(nn.BCEWithLogitsLoss(), mask_mode="binary", threshold=.7)))
+    probs = learn.predict(files[0])[2]
+    for views in (None, "flip"):
+        assert torch.equal(learn.predict_tiled(files[0], tile=16, overlap=0, views=views).long(), (probs[0] >= .7).long())
 
 def test_multilabel_masks(files):
     learn = quiet(segmentation_learner(loaders(files, None, mask=TransformBlock(type_tfms=MaskStack.create)), "Unet", **SMALL))

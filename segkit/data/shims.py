@@ -73,15 +73,15 @@ DEFECTS = { # what is wrong in fastai -> (issue, where segkit answers)
     "`MixUp` that fails leaves its own loss function behind":
         ("", "`GuardMixing`"),
     "an existing `Normalize` is kept, also for another encoder":
-        ("", "`use_statistics`"),
+        ("", "`segmentation_learner`"),
     "a compiled model's checkpoint does not load into the model":
         ("", "`SegmentationLearner.save`, `load`"),
     "predicting empties the recorder":
-        ("", "`kept_history`"),
+        ("", "`SegmentationLearner.validation_context`"),
     "several processes send the order of the pictures through a GPU, also where there is none":
         ("", "`repair_broadcast`"),
     "pictures that fill up the last process's share are counted twice":
-        ("", "`new_items`"),
+        ("", "`count_unpadded`"),
     "`ClassificationInterpretation` needs a vocabulary that masks do not have; "
     "the one for segmentation is empty":
         ("", "`SegmentationInterpretation`"),

@@ -70,14 +70,15 @@ class ViewsModel(nn.Module):
     def __init__(self,
         model: nn.Module, # Model that gives a mask, or the tuple (mask, label)
         views: str | Sequence[View] = "flip", # Views to average, or the name of a set
-        mask_task: Task = Task("multiclass"), # What the mask is
+        mask_task: Task | None = None, # What the mask is; multi-class if None
         label_task: Task | None = None, # What the label is; multi-class if None
         use_max: bool = False, # Take the largest probability in place of the mean
     ):
         super().__init__()
         self.model = model
         self.views = get_views(views)
-        self.tasks = (mask_task, label_task or Task("multiclass"))
+        multiclass = Task("multiclass")
+        self.tasks = (mask_task or multiclass, label_task or multiclass)
         self.use_max = use_max
 
     def forward(self,

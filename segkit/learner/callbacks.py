@@ -17,15 +17,17 @@ from torch import distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
-from fastai.callback.core import Callback, TrainEvalCallback
-from fastai.callback.mixup import MixHandler
-from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner
-from fastai.torch_core import num_distrib, rank_distrib
 from ..core.files import write_atomically
+from ..data.shims import quiet_import
 from ..data.targets import Targets, check_items, wrong_values
 from .splitter import unwrap
+
+with quiet_import():
+    from fastai.callback.core import Callback, TrainEvalCallback
+    from fastai.callback.mixup import MixHandler
+    from fastai.callback.tracker import TrackerCallback
+    from fastai.learner import Learner
+    from fastai.torch_core import num_distrib, rank_distrib
 
 # %% ../../nbs/learner/04_callbacks.ipynb #freeze
 class FreezeBatchNorm(Callback):

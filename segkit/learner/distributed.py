@@ -14,9 +14,11 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from ..data import shims  # first: it filters the warnings of fastai's import
-from fastai.callback.core import Callback
-from fastai.learner import Learner
+from ..data.shims import quiet_import, repair_broadcast
+
+with quiet_import():
+    from fastai.callback.core import Callback
+    from fastai.learner import Learner
 
 # %% ../../nbs/learner/02c_distributed.ipynb #context
 @contextmanager
@@ -34,7 +36,7 @@ def several_processes(
                          "leave it out, or use decoder_use_norm='groupnorm'")
     if sync_bn is None: sync_bn = on_gpu
     if not on_gpu: kwargs = {"cpu": True, **kwargs}
-    shims.repair_broadcast()
+    repair_broadcast()
     average = AverageLossGradients()
     learn.add_cb(average)
     try:

@@ -17,17 +17,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
-from fastai.callback.core import Callback
-from fastai.interpret import Interpretation
 from fastcore.basics import patch
 from ..core.registry import check_choice
 from ..data.display import as_picture, painted, show_predictions
+from ..data.shims import quiet_import
 from ..data.targets import Targets
 from ..inspect import palette
 from .learner import SegmentationLearner
 from .metrics import empty_matrix
 from ..metrics.confusion import ConfusionMatrix
+
+with quiet_import():
+    from fastai.callback.core import Callback
+    from fastai.interpret import Interpretation
 
 # %% ../../nbs/learner/05_interpret.ipynb #count
 class CountPixels(Callback):

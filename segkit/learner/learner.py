@@ -7,33 +7,25 @@ __all__ = ['LEARNER_ARGUMENTS', 'SegmentationLearner', 'default_loss', 'segmenta
 
 # %% ../../nbs/learner/03_learner.ipynb #imports
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import nn, Tensor
-
-from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
-from fastai.callback import all as _callbacks  # noqa: F401  adds `fit_one_cycle`, `lr_find`, ...
-from fastai.callback.core import CancelEpochException
-from fastai.callback.progress import CSVLogger
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import Normalize, ToTensor
-from fastai.learner import Learner
-from fastai.torch_core import to_device, trainable_params
-from fastai.vision.augment import RandTransform
 from fastcore.basics import patch
 from fastcore.xtras import ContextManagers
 from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
 from fasttransform.cast import retain_type
+from matplotlib.figure import Figure
+from torch import nn, Tensor
+
 from ..core.files import is_weights_file
 from ..core.registry import architectures, check_keywords, did_you_mean
 from ..core.task import MULTICLASS_MODE, Task
 from ..data.display import show_predictions
+from ..data.shims import quiet_import, quietly
 from ..data.statistics import data_statistics
 from ..data.targets import Targets, check_items, read_targets
 from ..encoders.preprocessing import get_preprocessing_params, unit_statistics
@@ -47,6 +39,17 @@ from .splitter import CheckedSplitter, has_encoder, segmentation_splitter, unwra
 from ..losses.distribution import SoftBCEWithLogitsLoss
 from ..losses.multitask import MultiTaskLoss, SumLoss
 from ..losses.region import DiceLoss
+
+# %% ../../nbs/learner/03_learner.ipynb #fastai-imports
+with quiet_import():
+    from fastai.callback import all as _callbacks  # noqa: F401  adds `fit_one_cycle`, `lr_find`, ...
+    from fastai.callback.core import CancelEpochException
+    from fastai.callback.progress import CSVLogger
+    from fastai.data.core import DataLoaders
+    from fastai.data.transforms import Normalize, ToTensor
+    from fastai.learner import Learner
+    from fastai.torch_core import to_device, trainable_params
+    from fastai.vision.augment import RandTransform
 
 # %% ../../nbs/learner/03_learner.ipynb #learner
 class SegmentationLearner(Learner):
@@ -408,11 +411,11 @@ def _seen_as(learn, views, use_max=False):
     return _holding(learn, ViewsModel(learn.model, views, mask, label, use_max))
 
 def _tasks(learn):
-    "What mask and label are, and whether the model gives logits, which its loss knows"
-    said = getattr(learn.loss_func, "task", None)
-    from_logits = said is None or said.from_logits
-    mask, label = learn.task.mask, learn.task.label
-    return [None if mode is None else Task(mode, from_logits) for mode in (mask, label)]
+    "What the mask and the label are: the loss knows, or else the data"
+    mask = getattr(learn.loss_func, "task", None) or Task(learn.task.mask)
+    label = getattr(learn.loss_func, "label_task", None)
+    if label is None and learn.task.label: label = Task(learn.task.label)
+    return mask, label
 
 @patch
 def tta(self: SegmentationLearner,
@@ -523,7 +526,8 @@ def load(self: SegmentationLearner,
     if self.opt is None: self.create_opt()
     with _holding(self, unwrap(self.model)):
         hook = self.model.register_load_state_dict_pre_hook(_take_off_prefix)
-        try: return Learner.load(self, file, **kwargs)
+        try:
+            with quietly("numpy.core"): return Learner.load(self, file, **kwargs)
         finally: hook.remove()
 
 def _take_off_prefix(module, state, *args):

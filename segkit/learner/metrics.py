@@ -14,14 +14,16 @@ import numpy as np
 from sklearn.metrics import f1_score
 from torch import Tensor
 
-from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
-from fastai.learner import Learner, Metric, mk_metric
-from fastai.metrics import AccumMetric, accuracy
-from fastai.torch_core import find_bs
 from ..core.registry import check_choice
 from ..core.task import Task
+from ..data.shims import quiet_import
 from ..data.targets import Targets
 from ..metrics.confusion import ConfusionMatrix
+
+with quiet_import():
+    from fastai.learner import Learner, Metric, mk_metric
+    from fastai.metrics import AccumMetric, accuracy
+    from fastai.torch_core import find_bs
 
 # %% ../../nbs/learner/01_metrics.ipynb #view
 class OutputView:

@@ -11,14 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data import shims  # noqa: F401  first: it filters the warnings of fastai's import
-from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
 from fastcore.basics import patch
 from fasttransform.cast import retain_type
 from ..core.registry import check_choice
 from ..data.presence import LabelFromMask, present_classes
-from ..data.targets import find
+from ..data.shims import quiet_import
+from ..data.targets import find_attribute
+
+with quiet_import():
+    from fastai.callback.core import Callback
+    from fastai.callback.fp16 import MixedPrecision
 
 # %% ../../nbs/learner/07_mixing.ipynb #paste
 def blend(
@@ -167,7 +169,7 @@ class ClassMix(Mixing):
     def before_fit(self):
         super().before_fit()
         task = getattr(self.learn, "task", None)
-        self.classes = task.values if task else len(find(self.learn.dls, "codes") or ())
+        self.classes = task.values if task else len(find_attribute(self.learn.dls, "codes") or ())
         if not self.classes:
             raise ValueError("ClassMix needs the number of classes: "
                              "give the data's mask block its codes")
