@@ -39,7 +39,7 @@ def run(code): return subprocess.run([sys.executable, "-c", code], capture_outpu
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_each_module_alone_is_quiet():
     "Order of imports is no feature: any module may be the first, and what fastai's import says of fastai is not shown"
-    code = EACH_ALONE.format(modules=MODULES, before="import torch, pandas, matplotlib.pyplot", answer="[s for s in said if 'jit.script' in s]")
+    code = EACH_ALONE.format(modules=MODULES, before="import torch, torchvision, timm, pandas, matplotlib.pyplot, sklearn.metrics, scipy.stats, plum", answer="[s for s in said if 'jit.script' in s]")
     assert run(code) == ""
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
