@@ -213,7 +213,7 @@ def folders(tmp_path):
     (tmp_path/"codes.txt").write_text("ground\nfigure\n")
     return tmp_path
 
-def from_folder(folder, **kwargs): return MaskDataLoaders.from_folder(folder, seed=0, bs=1, **LOCAL, **kwargs)
+def from_folder(folder, **kwargs): return MaskDataLoaders.from_folder(folder, seed=0, valid_pct=.5, bs=1, **LOCAL, **kwargs)
 
 @pytest.mark.parametrize("text", [b"traffic light\nroad marking\n", b"\xef\xbb\xbftraffic light\r\nroad marking", b"traffic light \n\nroad marking\n\n"])
 def test_codes_are_one_a_line(tmp_path, text):
@@ -230,8 +230,9 @@ def test_two_pictures_with_one_mask_are_named(folders):
 
 def test_what_is_no_picture_is_no_mask(folders):
     for ending in ("txt", "svg", "json"): (folders/f"masks/pier.{ending}").write_text("notes")
-    batch = next(iter(from_folder(folders).train))
-    assert batch[1].unique().tolist() == [0, 1]
+    loaders = from_folder(folders)
+    for dl in loaders.loaders:
+        for _, mask in dl: assert mask.unique().tolist() == [0, 1]
 
 def test_an_exported_learner_has_no_names_of_files(folders, tmp_path):
     learn = segmentation_learner(from_folder(folders), "Unet", path=tmp_path, **SMALL)
