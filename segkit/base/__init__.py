@@ -5,7 +5,7 @@ _homes = {
     "SegmentationModel": "segkit.model.model", "SegmentationHead": "segkit.heads.segmentation", "ClassificationHead": "segkit.heads.classification",
     "Conv2dReLU": "segkit.core.layers", "Attention": "segkit.core.layers",
 }
-_modules = {"modules": "segkit.core.layers", "initialization": "segkit.core.layers", "model": "segkit.model.model", "heads": "segkit.heads", "hub_mixin": "segkit.model.hub"}
+_modules = {"modules": "segkit.core.layers", "initialization": "segkit.core.init", "model": "segkit.model.model", "heads": "segkit.heads", "hub_mixin": "segkit.model.hub"}
 __all__ = [*_homes, *_modules]
 
 

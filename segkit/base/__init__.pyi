@@ -1,6 +1,6 @@
 from .. import heads as heads
 from ..model import hub as hub_mixin
-from ..core import layers as initialization
+from ..core import init as initialization
 from ..core import layers as modules
 from ..model import model as model
 from ..core.layers import Attention as Attention

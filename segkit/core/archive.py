@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 from fastprogress.fastprogress import progress_bar
 
 from .cache import build_once, cache_folder
-from ..encoders.weights import fetch
+from .files import fetch
 
 # %% ../../nbs/core/08_archive.ipynb #archive
 @dataclass(frozen=True)

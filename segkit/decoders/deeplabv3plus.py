@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn, Tensor
 
-from ..core.layers import BatchNorm2d, resize
+from ..core.geometry import resize
+from ..core.layers import BatchNorm2d
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .deeplabv3 import ASPP, SeparableConv2d

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.layers import Activation, BatchNorm2d, resize
-from ..model.model import SegmentationModel, check_images, pad_to_multiple
+from ..core.geometry import resize
+from ..core.layers import Activation, BatchNorm2d
+from ..core.geometry import cut_back, pad_to_multiple
+from ..model.model import SegmentationModel, check_images
 from ..core.registry import architectures, check_choice
 from ..encoders.vit import get_vit_encoder
 from ..heads.classification import ClassificationHead
@@ -210,7 +212,7 @@ class DPT(SegmentationModel):
         image = pad_to_multiple(x, self.encoder.output_stride)
         features, prefix_tokens = self.encoder(image)
         mask = self.segmentation_head(self.decoder(features, prefix_tokens, image.shape[-2:]))
-        mask = self.crop(mask, *x.shape[-2:])
+        mask = cut_back(mask, x, image)
         return mask if self.classification_head is None else (mask, self.classification_head(features[-1]))
 
 # %% ../../nbs/decoders/11_dpt.ipynb #checks

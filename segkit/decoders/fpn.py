@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn, Tensor
 
-from ..core.layers import resize
+from ..core.geometry import resize
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder

@@ -52,7 +52,6 @@ class LinknetBlock(nn.Module):
 class LinknetDecoder(nn.Module):
     "Blocks from the deepest map to full size [(Chaurasia and Culurciello, 2017)](https://arxiv.org/abs/1707.03718)"
     stride = 1
-    spends = False  # whether the list of maps may be emptied, so that each is freed after its last use
 
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
@@ -71,7 +70,7 @@ class LinknetDecoder(nn.Module):
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, prefinal_channels, h, w)`
-        if not self.spends: features = list(features)
+        features = list(features)
         x = features.pop()
         for block in self.blocks: x = block(x, features.pop() if len(features) > 1 else None)
         return x

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..core.layers import Conv2dReLU, channel_gate, conv_enlarged, doubles, repeating, resize
+from ..core.geometry import resize
+from ..core.layers import Conv2dReLU, channel_gate
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .unet import check_widths
@@ -105,10 +106,9 @@ class FusionAttention(nn.Module):
         x: Tensor, # Map from below `(b, in_channels, h', w')`
         skip: Tensor, # Encoder's map `(b, skip_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        x, size = self.hl_conv(x), skip.shape[-2:]
-        if not (self.interpolation_mode in repeating and doubles(x, size)): x = resize(x, size, self.interpolation_mode)
-        x = x*(self.SE_hl(x) + self.SE_ll(skip))  # repeating values changes no mean, so the gates may come before it
-        return self.conv2(conv_enlarged(self.conv1, x, size, skip, self.interpolation_mode))
+        x = resize(self.hl_conv(x), skip.shape[-2:], self.interpolation_mode)
+        x = x*(self.SE_hl(x) + self.SE_ll(skip))
+        return self.conv2(self.conv1(torch.cat([x, skip], dim=1)))
 
 # %% ../../nbs/decoders/02_manet.ipynb #block
 class MAnetBlock(nn.Module):
@@ -128,13 +128,12 @@ class MAnetBlock(nn.Module):
         x: Tensor, # Map from below `(b, in_channels, h', w')`
         skip: Tensor, # Encoder's map `(b, c, h, w)`; only its size is used
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        return self.conv2(conv_enlarged(self.conv1, x, skip.shape[-2:], mode=self.interpolation_mode))
+        return self.conv2(self.conv1(resize(x, skip.shape[-2:], self.interpolation_mode)))
 
 # %% ../../nbs/decoders/02_manet.ipynb #decoder
 class MAnetDecoder(nn.Module):
     "`PositionAttention` on the deepest map, then a `FusionAttention` for each skip"
     stride = 1
-    spends = False  # whether the list of maps may be emptied, so that each is freed after its last use
 
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
@@ -157,7 +156,7 @@ class MAnetDecoder(nn.Module):
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels[-1], h, w)`
-        if not self.spends: features = list(features)
+        features = list(features)
         x = self.center(features.pop())
         for block in self.blocks: x = block(x, features.pop())
         return x

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.layers import BatchNorm2d, resize
-from ..model.model import SegmentationModel, pad_to_least
+from ..core.geometry import resize
+from ..core.layers import BatchNorm2d
+from ..core.geometry import pad_to_least
+from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
 from ..heads.classification import ClassificationHead

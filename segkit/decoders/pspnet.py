@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.layers import Conv2dReLU, resize
+from ..core.geometry import resize
+from ..core.layers import Conv2dReLU
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder

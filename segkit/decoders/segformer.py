@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.layers import Conv2dReLU, resize
+from ..core.geometry import resize
+from ..core.layers import Conv2dReLU
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
@@ -43,7 +44,7 @@ class SegformerDecoder(nn.Module):
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; three or more
         segmentation_channels: int = 256, # Channels of each level's map, and of the result
-        compose: bool = True, # Run the two linear layers as one; False runs them one after the other
+        compose: bool = False, # Run the two linear layers as one; False runs them one after the other
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn, Tensor
 
-from ..core.layers import Attention, Conv2dReLU, conv_enlarged, resize
+from ..core.geometry import resize
+from ..core.layers import Attention, Conv2dReLU
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
@@ -43,15 +44,15 @@ class UnetDecoderBlock(nn.Module):
         size: tuple[int, int], # Height and width of the result
         skip: Tensor | None = None, # Encoder's map `(b, skip_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        if isinstance(self.attention1.attention, nn.Identity): x = conv_enlarged(self.conv1, x, size, skip, self.interpolation_mode)
-        else: x = self.conv1(self.attention1(torch.cat([resize(x, size, self.interpolation_mode), skip], dim=1)))
+        x = resize(x, size, self.interpolation_mode)
+        if skip is not None: x = torch.cat([x, skip], dim=1)
+        x = self.conv1(self.attention1(x))
         return self.attention2(self.conv2(x))
 
 # %% ../../nbs/decoders/00_unet.ipynb #decoder
 class UnetDecoder(nn.Module):
     "Blocks from the deepest map to full size [(Ronneberger et al., 2015)](https://arxiv.org/abs/1505.04597)"
     stride = 1
-    spends = False  # whether the list of maps may be emptied, so that each is freed after its last use
 
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
@@ -73,7 +74,7 @@ class UnetDecoder(nn.Module):
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels[-1], h, w)`
-        features, sizes = features if self.spends else list(features), [f.shape[-2:] for f in features[-2::-1]]
+        features, sizes = list(features), [f.shape[-2:] for f in features[-2::-1]]
         x = self.center(features.pop())
         for block, size in zip(self.blocks, sizes): x = block(x, size, features.pop() if len(features) > 1 else None)
         return x

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn, Tensor
 
-from ..core.layers import initialize_head
-from ..model.model import SegmentationModel, check_images, pad_to_multiple
+from ..core.init import initialize_head
+from ..core.geometry import cut_back, pad_to_multiple
+from ..model.model import SegmentationModel, check_images
 from ..core.registry import architectures, check_choice
 from .unet import UnetDecoderBlock, check_widths
 from ..encoders.base import get_encoder
@@ -143,12 +144,13 @@ class UnetPlusPlus(SegmentationModel):
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor]: # Mask `(b, classes, h, w)`, or with deep supervision a list of them; and a label
         check_images(x, self.encoder.in_channels)
-        features = self.encoder(pad_to_multiple(x, 2**self.decoder.grid.depth))  # also in a sub-network: its numbers are those of the whole
+        frame = pad_to_multiple(x, 2**self.decoder.grid.depth)
+        features = self.encoder(frame)  # also in a sub-network: its numbers are those of the whole
         deep, deepest = self.training and len(self.deep_heads) > 0, features[-1]
         decoded = self.decoder(features, all_levels=True) if deep else self.decoder(features)
         del features  # the finer maps need not outlive the decoder
-        if deep: mask = [self.crop(head(m), *x.shape[-2:]) for head, m in zip([self.segmentation_head, *self.deep_heads], decoded, strict=True)]
-        else: mask = self.crop(self.segmentation_head(decoded), *x.shape[-2:])
+        if deep: mask = [cut_back(head(m), x, frame) for head, m in zip([self.segmentation_head, *self.deep_heads], decoded, strict=True)]
+        else: mask = cut_back(self.segmentation_head(decoded), x, frame)
         return mask if self.classification_head is None else (mask, self.classification_head(deepest))
 
     def prune(self,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 
-from ..core.layers import Conv2dReLU, LayerNorm2d, resize
+from ..core.geometry import resize
+from ..core.layers import Conv2dReLU, LayerNorm2d
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .pspnet import GridMean

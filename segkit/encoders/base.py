@@ -298,10 +298,11 @@ def _build(name, entry, in_channels, depth, weights, output_stride, channel_stra
 # %% ../../nbs/encoders/00_base.ipynb #given
 def _given(module, in_channels, depth, weights, output_stride, channel_strategy, kwargs):
     "An encoder that was built already, after a check"
-    from segkit.encoders.weights import is_file, load_weights
+    from segkit.core.files import is_weights_file
+    from segkit.encoders.weights import load_weights
     owner = type(module).__name__
     if kwargs: raise TypeError(f"the {owner} that was given is built already and takes no arguments: {', '.join(map(repr, kwargs))}")
-    if isinstance(weights, (Mapping, os.PathLike)) or callable(weights) or is_file(weights): load_weights(module, weights, {}, owner)
+    if isinstance(weights, (Mapping, os.PathLike)) or callable(weights) or is_weights_file(weights): load_weights(module, weights, {}, owner)
     if not isinstance(module, EncoderMixin): encoder = _wrapped(module, depth)
     elif module.depth < depth: raise ValueError(f"encoder_depth={depth}, but the {owner} that was given has depth {module.depth}: pass encoder_depth={module.depth}")
     else: encoder = module

@@ -165,9 +165,11 @@ for _name, _width, _repeat, _side, _imagenet, _advprop in [
     ("b5", 1.6, 2.2, 456, "69f4d28460a4e421b7860bc26ee7d832e03e01ca", "dabe78fc8ab7ce93ddc2bb156b01db227caede88"),
     ("b6", 1.8, 2.6, 528, "8570752016f7c62ae149cffa058550fe44e21c8b", "c2dbb4d1359151165ec7b96cfe54a9cac2142a31"),
     ("b7", 2.0, 3.1, 600, "5a5dbe687d612ebc3dca248274fd1191111deda6", "ce33edb4e80c0cde268f098ae2299e23f615577d"),
-]: encoders[f"efficientnet-{_name}"] = {
-    "encoder": EfficientNetEncoder, "params": {"width": _width, "repeat": _repeat, "side": _side, "taps": (2, 4, 8, 15) if _name == "b0" else None},
-    "pretrained_settings": smp_weights(f"efficientnet-{_name}", {"imagenet": _imagenet, "advprop": _advprop}, advprop=half_stats)}
+]: encoders.register(
+    f"efficientnet-{_name}",
+    params={"width": _width, "repeat": _repeat, "side": _side, "taps": (2, 4, 8, 15) if _name == "b0" else None},
+    pretrained_settings=smp_weights(f"efficientnet-{_name}", {"imagenet": _imagenet, "advprop": _advprop}, advprop=half_stats),
+)(EfficientNetEncoder)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #timm
 class TimmEfficientNetEncoder(nn.Module, EncoderMixin):

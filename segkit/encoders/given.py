@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 
-from ..core.layers import resize
+from ..core.geometry import resize
 from .base import EncoderMixin, probe
 
 # %% ../../nbs/encoders/81_given.ipynb #read

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..model.model import pad_to_least
+from ..core.geometry import pad_to_least
 from ..core.registry import encoders
 from .base import EncoderMixin
 from .native import smp_weights
@@ -186,6 +186,8 @@ for _name, _widths, _depths, _revision in [
     ("mit_b3", _large, (3, 4, 18, 3), "32558d12a65f1daa0ebcf4f4053c4285e2c1cbda"),
     ("mit_b4", _large, (3, 8, 27, 3), "3a3454e900a4b4f11dd60eeb59101a9a1a36b017"),
     ("mit_b5", _large, (3, 6, 40, 3), "ced04d96c586b6297fd59a7a1e244fc78fdb6531"),
-]: encoders[_name] = {
-    "encoder": MixVisionTransformerEncoder, "params": {"widths": _widths, "depths": _depths},
-    "pretrained_settings": {tag: facts | {"license": licence} for tag, facts in smp_weights(_name, {"imagenet": _revision}).items()}}
+]: encoders.register(
+    _name,
+    params={"widths": _widths, "depths": _depths},
+    pretrained_settings={tag: facts | {"license": licence} for tag, facts in smp_weights(_name, {"imagenet": _revision}).items()},
+)(MixVisionTransformerEncoder)

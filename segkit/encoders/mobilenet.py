@@ -74,5 +74,8 @@ class MobileNetV2Encoder(nn.Module, EncoderMixin):
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
         return {16: list(self.features[7:14]), 32: list(self.features[14:])}
 
-encoders["mobilenet_v2"] = {"encoder": MobileNetV2Encoder, "params": {},
-                            "pretrained_settings": smp_weights("mobilenet_v2", {"imagenet": "e67aa804e17f7b404b629127eabbd224c4e0690b"})}
+encoders.register(
+    "mobilenet_v2",
+    params={},
+    pretrained_settings=smp_weights("mobilenet_v2", {"imagenet": "e67aa804e17f7b404b629127eabbd224c4e0690b"}),
+)(MobileNetV2Encoder)

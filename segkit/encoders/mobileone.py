@@ -151,6 +151,9 @@ for _name, _widths, _branches, _squeeze, _revision in [
     ("s2", (1.5, 2., 2.5, 4.), 1, (0, 0, 0, 0), "ddc3db8fa40d271902c7a8c95cee6691f617d551"),
     ("s3", (2., 2.5, 3., 4.), 1, (0, 0, 0, 0), "da89b84a91b7400c366c358bfbf8dd0b2fa4dde2"),
     ("s4", (3., 3.5, 3.5, 4.), 1, (0, 0, 5, 1), "16197c55d599076b6aae67a83d3b3f70c31b097c"),
-]: encoders[f"mobileone_{_name}"] = {
-    "encoder": MobileOneEncoder, "params": {"widths": _widths, "branches": _branches, "squeeze": _squeeze},
-    "pretrained_settings": {tag: facts | {"license": licence} for tag, facts in smp_weights(f"mobileone_{_name}", {"imagenet": _revision}).items()}}
+]: encoders.register(
+    f"mobileone_{_name}",
+    params={"widths": _widths, "branches": _branches, "squeeze": _squeeze},
+    pretrained_settings={tag: facts | {"license": licence}
+                         for tag, facts in smp_weights(f"mobileone_{_name}", {"imagenet": _revision}).items()},
+)(MobileOneEncoder)

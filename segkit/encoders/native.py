@@ -118,5 +118,6 @@ def register_native(
     **kwargs, # Arguments of the timm model
 ) -> None:
     "Enter a native name in the table of encoders"
-    encoders[name] = {"encoder": cls, "pretrained_settings": dict(weights), "params": {"name": timm_name or name, "out_channels": tuple(out_channels), **kwargs}}
-    if replaced_by: encoders[name]["replaced_by"] = replaced_by
+    params = {"name": timm_name or name, "out_channels": tuple(out_channels), **kwargs}
+    facts = {"replaced_by": replaced_by} if replaced_by else {}
+    encoders.register(name, pretrained_settings=dict(weights), params=params, **facts)(cls)

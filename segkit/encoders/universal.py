@@ -16,8 +16,8 @@ import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..core.layers import resize
-from ..model.model import pad_to_least, pad_to_multiple
+from ..core.geometry import resize
+from ..core.geometry import pad_to_least, pad_to_multiple
 from ..core.registry import did_you_mean, nearest
 from .base import EncoderMixin, encoder_sources, parameter_stages
 from .weights import load_weights, offline_help, with_tag

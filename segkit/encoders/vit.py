@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 
-from ..core.layers import resize
-from ..model.model import pad_to_multiple
+from ..core.geometry import resize
+from ..core.geometry import pad_to_multiple
 from ..core.registry import encoders
 from .base import EncoderMixin, parameter_stages
 from .universal import _no_timm_model, _pretrained, weightless

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.layers import doubles, doubling_kernel, known, repeating, resize
+from ..core.geometry import resize
+from ..core.layers import doubles, doubling_kernel, known, repeating
 from ..decoders.deeplabv3 import ASPP
 from ..decoders.deeplabv3plus import DeepLabV3PlusDecoder
 from ..decoders.dpt import DPT, DPTDecoder, DPTSegmentationHead, ReassembleBlock, ResidualConvBlock

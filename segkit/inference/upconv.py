@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.layers import doubles, doubling_kernel, repeating, resize
+from ..core.geometry import resize
+from ..core.layers import doubles, doubling_kernel, repeating
 from ..decoders.linknet import LinknetBlock
 from ..decoders.manet import FusionAttention, MAnetBlock
 from ..decoders.pan import FeaturePyramidAttention, GlobalAttentionUpsample, enlarge

@@ -11,50 +11,15 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from ..core.files import read_state_dict, write_atomically
 from ..core.init import skip_init
 from ..core.registry import architectures, did_you_mean, encoders
-
-# %% ../../nbs/model/01_hub.ipynb #config
-def _path_of(thing: Any) -> str | None: # `module:name`, or None when it cannot be imported from there
-    "Where a class or function can be imported from"
-    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", "<>")
-    return None if module in (None, "__main__") or "<" in name else f"{module}:{name}"
-
-def _import(path: str) -> Any:
-    "What `module:name` stands for"
-    module, _, name = path.partition(":")
-    thing = import_module(module)
-    for part in name.split("."): thing = getattr(thing, part)
-    return thing
-
-def _stored(owner: str, name: str, value: Any) -> Any: # What JSON can hold
-    "An argument as `config.json` holds it"
-    if name == "encoder_weights": return value if value is None or isinstance(value, (str, bool)) else None  # the weights of the file replace them
-    if value is None or isinstance(value, (str, bool, int, float)): return value
-    if isinstance(value, Mapping): return {str(k): _stored(owner, name, v) for k, v in value.items()}
-    if isinstance(value, Sequence): return [_stored(owner, name, v) for v in value]
-    if callable(value) and not isinstance(value, nn.Module) and (path := _path_of(value)): return {"_import": path}
-    way = _by_name(value) if name == "encoder_name" else "use a name, or a class or function that is defined in a module"
-    shown = f"a {type(value).__name__}" if isinstance(value, nn.Module) else f"{value!r:.80}"
-    raise ValueError(f"{owner} cannot be saved: the argument {name}={shown} cannot be written to config.json; {way}")
-
-def _by_name(value: Any) -> str:
-    "How to build a model with this encoder from a name"
-    timm_name = (getattr(value, "pretrained_cfg", None) or {}).get("architecture")
-    if timm_name: return f"build the model with encoder_name='tu-{timm_name}', and encoder_weights=its state_dict() for the weights it has"
-    return "register its class in segkit.encoders.encoders and build the model with the name, or with the class if it is defined in a module"
-
-def _restored(value: Any) -> Any:
-    "The inverse of `_stored`"
-    if isinstance(value, Mapping): return _import(value["_import"]) if set(value) == {"_import"} else {k: _restored(v) for k, v in value.items()}
-    return value
+from .config import import_class, import_path, restored
 
 # %% ../../nbs/model/01_hub.ipynb #describe
 def describe(
@@ -62,46 +27,55 @@ def describe(
 ) -> dict[str, Any]: # Content of `config.json`
     "The class of `model` and the arguments that built it, as JSON can hold them"
     cls = type(model)
-    known = architectures.get(cls.__name__.lower()) is cls
-    if not known and _path_of(cls) is None:
-        raise ValueError(f"{cls.__name__} cannot be saved: it is defined in a notebook or script, from which nobody can import it; move the class into a module")
-    config = {name: _stored(cls.__name__, name, value) for name, value in model.config.items()}
-    name = config.get("encoder_name")
-    entry = encoders.get(name) if isinstance(name, str) else None
-    if isinstance(name, Mapping): config["_encoder_class"] = name["_import"]
-    elif entry and not entry["encoder"].__module__.startswith("segkit.") and (path := _path_of(entry["encoder"])): config["_encoder_class"] = path
-    return dict(sorted((config | {"_model_class": cls.__name__ if known else _path_of(cls)}).items()))
+    for name, value in model.config.items(): _check_saved(cls.__name__, name, value)
+    config = dict(model.config, _model_class=_class_name(cls))
+    if path := _encoder_path(config.get("encoder_name")): config["_encoder_class"] = path
+    return dict(sorted(config.items()))
 
+def _check_saved(owner, name, value):
+    "Raise for an argument that could not be noted"
+    if isinstance(value, Mapping):
+        if "_not_saved" in value:
+            raise ValueError(f"{owner} cannot be saved: the argument {name} is {value['_not_saved']}")
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value: _check_saved(owner, name, part)
+
+def _class_name(cls):
+    "Name of an architecture of segkit, or the path of a user's class"
+    if architectures.get(cls.__name__.lower()) is cls: return cls.__name__
+    if path := import_path(cls): return path
+    raise ValueError(f"{cls.__name__} cannot be saved: it is defined in a notebook or script, "
+                     "from which nobody can import it; move the class into a module")
+
+def _encoder_path(name):
+    "Where a user's encoder is imported from; None for one of segkit"
+    if isinstance(name, Mapping): return name["_import"]
+    if name not in encoders: return None
+    path = import_path(encoders[name]["encoder"])
+    return None if path is None or path.startswith("segkit.") else path
+
+# %% ../../nbs/model/01_hub.ipynb #class
 def class_of(
     config: Mapping[str, Any], # Content of `config.json`
+    where: str, # Where it was found, for errors
+    asked: type | None = None, # Class whose `from_pretrained` was called
+    trust_remote_code: bool = False, # Import the modules that the configuration names
 ) -> type: # Class of the model
-    "The class that a folder was saved from; imports the module of a user's own encoder"
-    name = config.get("_model_class")
-    if name is None: raise ValueError("config.json does not name the class of the model (_model_class); call from_pretrained of the class, such as segkit.Unet")
-    if path := config.get("_encoder_class"): _imported(path, f"the encoder {config.get('encoder_name')!r}")
-    if ":" in name: return _imported(name, "the model")
-    if name.lower() not in architectures: raise KeyError(f"segkit has no architecture {name!r}; {did_you_mean(name.lower(), architectures)}")
+    "The class that a folder was saved from"
+    name, path = config.get("_model_class"), config.get("_encoder_class")
+    if not isinstance(name, str):
+        raise ValueError(f"{where} does not name the class of the model (_model_class); "
+                         "call from_pretrained of the class, such as segkit.Unet")
+    encoder_name = config.get("encoder_name")
+    registered = isinstance(encoder_name, str) and encoder_name in encoders
+    if path and not registered: import_class(path, where, trust_remote_code)
+    if asked is not None and name == import_path(asked): return asked
+    if ":" in name: return import_class(name, where, trust_remote_code)
+    if name.lower() not in architectures:
+        hint = did_you_mean(name.lower(), architectures)
+        raise KeyError(f"{where}: segkit has no architecture {name!r}; {hint}")
     return architectures[name.lower()]
-
-def _imported(path, what):
-    try: return _import(path)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"{what} was defined in {path.replace(':', ' as ')}, which cannot be imported here ({error}); install or copy that module") from error
-
-# %% ../../nbs/model/01_hub.ipynb #write
-def _write(path: Path, content: bytes) -> None:
-    "Write a file completely or not at all"
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(content); f.flush(); os.fsync(f.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-
-def _json(content: Any) -> bytes: return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 # %% ../../nbs/model/01_hub.ipynb #save
 class HubMixin:
@@ -111,7 +85,7 @@ class HubMixin:
         *,
         class_names: Sequence[str] | None = None, # Names of the mask's classes, in the order of its channels
         label_names: Sequence[str] | None = None, # Names of the labels of the classification head
-        preprocessing: Mapping[str, Any] | None = None, # `mean`, `std`, `input_range`; by default those of the encoder's weights
+        preprocessing: Mapping[str, Any] | None = None, # `mean`, `std`, `input_range`; None for the encoder's
         dataset: str | None = None, # Name of the data set, for the model card
         metrics: Mapping[str, Any] | None = None, # Scores, for the model card
         push_to_hub: bool = False, # Upload the folder, too
@@ -120,15 +94,14 @@ class HubMixin:
         token: str | None = None, # Access token for the upload; by default that of the login
     ) -> Path: # The folder
         "Write weights, arguments, preprocessing and a model card"
-        from safetensors.torch import save
-        config, folder = describe(self), Path(folder)
-        facts = {**(preprocessing or _preprocessing(config)), **({"class_names": list(class_names)} if class_names else {}),
-                 **({"label_names": list(label_names)} if label_names else {})}
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder/"model.safetensors", save({k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}, {"format": "pt"}))
-        _write(folder/"preprocessing.json", _json(facts))
-        _write(folder/"README.md", model_card(config, dataset, metrics).encode())
-        _write(folder/"config.json", _json(config))
+        folder, config = Path(folder), describe(self)
+        facts = dict(preprocessing or getattr(self.encoder, "preprocessing", None) or {})
+        if class_names: facts["class_names"] = list(class_names)
+        if label_names: facts["label_names"] = list(label_names)
+        write_atomically(folder/"model.safetensors", _weights(self))
+        write_atomically(folder/"preprocessing.json", _json(facts))
+        write_atomically(folder/"README.md", model_card(config, dataset, metrics).encode())
+        write_atomically(folder/"config.json", _json(config))
         if push_to_hub: upload(folder, repo_id or folder.name, private, token)
         return folder
 
@@ -140,75 +113,122 @@ class HubMixin:
         **kwargs, # Arguments of `save_pretrained`
     ) -> str: # Address of the upload
         "Save to a temporary folder and upload it to the Hugging Face Hub"
-        with tempfile.TemporaryDirectory() as place: return upload(self.save_pretrained(place, **kwargs), repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory() as place:
+            folder = self.save_pretrained(place, **kwargs)
+            return upload(folder, repo_id, private=private, token=token)
 
     @classmethod
     def from_pretrained(cls,
         name: str | os.PathLike, # Folder, or repository on the Hugging Face Hub
         *,
         strict: bool = True, # Whether every tensor must find its place
+        trust_remote_code: bool = False, # Import the modules that the folder names
         revision: str | None = None, # Branch, tag or commit of the repository
         token: str | None = None, # Access token for a private repository
         cache_dir: str | os.PathLike | None = None, # Where downloads are kept
         local_files_only: bool = False, # Don't use the network
         **overrides, # Arguments of the constructor that replace the stored ones
-    ):
-        "Build a saved model again and load its weights"
-        from segkit.encoders.weights import read_state_dict
+    ) -> "HubMixin": # The model, in evaluation mode
+        "Build a saved model again and load its weights; nothing that the folder holds is run"
         hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        config = json.loads(_file(name, "config.json", hub).read_text(encoding="utf-8"))
-        saved = class_of(config)
-        if not issubclass(saved, cls):
-            raise ValueError(f"{str(name)!r} holds a {saved.__name__}, not a {cls.__name__}: use segkit.{saved.__name__}.from_pretrained or segkit.from_pretrained")
-        arguments = {k: _restored(v) for k, v in config.items() if not k.startswith("_")} | overrides
-        with skip_init() if strict else nullcontext(): model = saved(**arguments | {"encoder_weights": None})
-        model.config["encoder_weights"] = arguments.get("encoder_weights")
-        state = read_state_dict(_file(name, "model.safetensors", hub))
-        if strict: model.load_state_dict(state)
-        else: _load_what_fits(model, state)
-        return model.eval()
+        return _built_from(name, hub, strict, trust_remote_code, overrides, cls)
+
+# %% ../../nbs/model/01_hub.ipynb #save-parts
+def _json(content: Any) -> bytes:
+    "Text of a JSON file"
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+def _weights(model: nn.Module) -> bytes:
+    "Content of a safetensors file"
+    from safetensors.torch import save
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    return save(tensors, {"format": "pt"})
+
+# %% ../../nbs/model/01_hub.ipynb #build
+def _built_from(name, hub, strict, trust_remote_code, overrides, asked):
+    "The model of a folder or repository, with its weights"
+    file = _file(name, "config.json", hub)
+    config = _read_json(file)
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    cls = class_of(config, str(file), asked, trust_remote_code)
+    if asked is not None and not issubclass(cls, asked):
+        raise ValueError(f"{str(name)!r} holds a {cls.__name__}, not a {asked.__name__}: "
+                         f"use segkit.{cls.__name__}.from_pretrained or segkit.from_pretrained")
+    arguments = restored(arguments, str(file), trust_remote_code) | overrides
+    tag = arguments.pop("encoder_weights", None)
+    with skip_init() if strict else nullcontext(): model = cls(**arguments, encoder_weights=None)
+    model.config["encoder_weights"] = tag
+    model.encoder.preprocessing = _preprocessing(name, hub)
+    state = read_state_dict(_file(name, "model.safetensors", hub))
+    if strict: model.load_state_dict(state)
+    else: _load_what_fits(model, state)
+    return model.eval()
+
+# %% ../../nbs/model/01_hub.ipynb #build-parts
+def _preprocessing(name, hub):
+    "What the folder says of its pictures; SMP's folders say nothing"
+    try: file = _file(name, "preprocessing.json", hub)
+    except OSError: return {}
+    facts = _read_json(file)
+    return {key: facts[key] for key in ("input_space", "input_range", "mean", "std") if key in facts}
+
+def _read_json(file):
+    "The mapping that a JSON file holds"
+    try: content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
+        raise ValueError(f"{file} cannot be read as JSON ({error}): "
+                         "it is damaged, or was cut off when it was written") from error
+    if isinstance(content, dict): return content
+    raise ValueError(f"{file} holds a {type(content).__name__}, expected a mapping from names to values")
 
 # %% ../../nbs/model/01_hub.ipynb #files
 def _file(name, file, hub):
     "A file of a saved model: from a folder, or from the Hub"
     if Path(name).is_dir():
-        if (Path(name)/file).is_file(): return Path(name)/file
+        path = Path(name)/file
+        if path.is_file(): return path
         raise FileNotFoundError(f"the folder {str(name)!r} has no {file}, so it is not a saved model")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
     try: return Path(hf_hub_download(str(name), file, **hub))
-    except HFValidationError as error: raise FileNotFoundError(f"there is no folder {str(name)!r}, and it is not a name on the Hugging Face Hub") from error
+    except HFValidationError as error:
+        raise FileNotFoundError(f"there is no folder {str(name)!r}, "
+                                "and it is not a name on the Hugging Face Hub") from error
     except OSError as error:
-        raise OSError(f"{file} of {str(name)!r} could not be had: there is no such folder, and the Hugging Face Hub did not deliver it ({error})") from error
+        raise OSError(f"{file} of {str(name)!r} could not be had: there is no such folder, "
+                      f"and the Hugging Face Hub did not deliver it ({error})") from error
 
+# %% ../../nbs/model/01_hub.ipynb #loose-load
 def _load_what_fits(model, state):
     "Load the tensors whose name and shape fit, and print what became of each part"
     own = model.state_dict()
-    fits = {k for k, t in state.items() if k in own and own[k].shape == t.shape}
-    parts = sorted({k.split(".")[0] for k in [*own, *state]})
+    fits = {name for name, t in state.items() if name in own and own[name].shape == t.shape}
+    if not fits:
+        raise ValueError(f"none of the {len(state)} tensors of the file fits this {type(model).__name__}")
     print(f"{'part':22}{'loaded':>8}{'other shape':>13}{'not in file':>13}{'not in model':>14}")
-    for part in parts:
-        here, there = ({k for k in keys if k.split(".")[0] == part} for keys in (own, state))
-        print(f"{part:22}{len(here & fits):>8}{len((here & there) - fits):>13}{len(here - there):>13}{len(there - here):>14}")
-    model.load_state_dict({k: state[k] for k in fits}, strict=False)
+    for part in sorted({name.split(".")[0] for name in [*own, *state]}):
+        here = {name for name in own if name.split(".")[0] == part}
+        there = {name for name in state if name.split(".")[0] == part}
+        counts = len(here & fits), len((here & there) - fits), len(here - there), len(there - here)
+        print("{:22}{:>8}{:>13}{:>13}{:>14}".format(part, *counts))
+    model.load_state_dict({name: state[name] for name in fits}, strict=False)
 
 def from_pretrained(
     name: str | os.PathLike, # Folder, or repository on the Hugging Face Hub
-    **kwargs, # Arguments of `HubMixin.from_pretrained`
+    *,
+    strict: bool = True, # Whether every tensor must find its place
+    trust_remote_code: bool = False, # Import the modules that the folder names
+    revision: str | None = None, # Branch, tag or commit of the repository
+    token: str | None = None, # Access token for a private repository
+    cache_dir: str | os.PathLike | None = None, # Where downloads are kept
+    local_files_only: bool = False, # Don't use the network
+    **overrides, # Arguments of the constructor that replace the stored ones
 ) -> nn.Module: # The model, of whatever class it was saved from, in evaluation mode
     "Build a saved model of any architecture again and load its weights"
-    from segkit.model.model import SegmentationModel
-    return SegmentationModel.from_pretrained(name, **kwargs)
+    hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    return _built_from(name, hub, strict, trust_remote_code, overrides, None)
 
 # %% ../../nbs/model/01_hub.ipynb #card
-def _preprocessing(config):
-    "What the encoder's weights expect; empty when the encoder started at random"
-    weights = config.get("encoder_weights")
-    if not weights: return {}
-    from segkit.encoders.preprocessing import get_preprocessing_params
-    try: return get_preprocessing_params(config["encoder_name"], "imagenet" if weights is True else weights)
-    except (KeyError, TypeError, ValueError): return {}
-
 def model_card(
     config: Mapping[str, Any], # Content of `config.json`
     dataset: str | None = None, # Name of the data set
@@ -216,14 +236,37 @@ def model_card(
 ) -> str: # Text of `README.md`
     "A model card for the Hugging Face Hub"
     name = str(config["_model_class"]).split(":")[-1]
-    front = ["---", "library_name: segkit", "pipeline_tag: image-segmentation", "tags:", "- semantic-segmentation", "- pytorch", "- segkit",
-             "- segmentation-models-pytorch", "---"]
-    body = [f"# {name}, encoder {config.get('encoder_name')}", "", "```python", "import segkit", "", "model = segkit.from_pretrained('<this repository or folder>')", "```", "",
-            "## Arguments", "", "```json", json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, indent=2), "```", ""]
-    if dataset: body += ["## Data set", "", str(dataset), ""]
-    if metrics: body += ["## Scores", "", "```json", json.dumps(dict(metrics), indent=2), "```", ""]
-    return "\n".join(front + [""] + body)
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    parts = [_CARD_HEAD, f"# {name}, encoder {config.get('encoder_name')}\n", _CARD_USE,
+             _card_table("Arguments", arguments)]
+    if dataset: parts.append(f"## Data set\n\n{dataset}\n")
+    if metrics: parts.append(_card_table("Scores", dict(metrics)))
+    return "\n".join(parts)
 
+# %% ../../nbs/model/01_hub.ipynb #card-parts
+_CARD_HEAD = """---
+library_name: segkit
+pipeline_tag: image-segmentation
+tags:
+- semantic-segmentation
+- pytorch
+- segkit
+- segmentation-models-pytorch
+---
+"""
+
+_CARD_USE = """```python
+import segkit
+
+model = segkit.from_pretrained('<this repository or folder>')
+```
+"""
+
+def _card_table(title, values):
+    "A section of a model card"
+    return f"## {title}\n\n```json\n{json.dumps(values, indent=2)}\n```\n"
+
+# %% ../../nbs/model/01_hub.ipynb #upload
 def upload(
     folder: str | os.PathLike, # Folder of a saved model
     repo_id: str, # Repository, such as `"name/model"`
@@ -234,4 +277,5 @@ def upload(
     from huggingface_hub import HfApi
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload of a segkit model"))
+    commit = "Upload of a segkit model"
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=commit))
