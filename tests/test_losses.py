@@ -8,27 +8,13 @@ import pytest
 import segmentation_models_pytorch.losses as smp
 import torch
 import torch.nn.functional as F
+from losses_helper import data, gradient
 from torch.testing import assert_close
 
 from segkit import losses
+from segkit.core.task import MODES
 
 REGION = {"DiceLoss": (.5, .5), "JaccardLoss": (1., 1.), "TverskyLoss": (.5, .5), "FocalTverskyLoss": (.3, .7)}
-WITH_MODE = [*REGION, "FocalLoss", "OHEMCrossEntropyLoss"]
-MODES = ["binary", "multiclass", "multilabel"]
-
-
-def data(mode, shape=(17, 13), b=2, c=4, dtype=torch.float32, seed=0):
-    """Logits and a hard target; one class in binary mode."""
-    torch.manual_seed(seed)
-    c = 1 if mode == "binary" else c
-    target = torch.randint(c, (b, *shape)) if mode == "multiclass" else torch.randint(2, (b, c, *shape))
-    return torch.randn(b, c, *shape, dtype=dtype) * 3, target
-
-
-def gradient(loss, logits, target):
-    logits = logits.detach().clone().requires_grad_()
-    value = loss(logits, target).sum()
-    return value, torch.autograd.grad(value, logits)[0]
 
 
 def make(name, mode, **options):
@@ -186,7 +172,7 @@ def test_weights_are_buffers():
 # --- errors -------------------------------------------------------------------------------------------------------
 
 def test_imports_are_light():
-    code = ("import sys, segkit.losses as l; assert 'torch' not in sys.modules; l.DiceLoss; l.FocalLoss; "
+    code = ("import sys, segkit.losses as l; assert 'torch' not in sys.modules; l.DiceLoss; l.FocalLoss; l.LovaszLoss; l.MCCLoss; "
             "assert not {'fastai', 'timm', 'torchvision', 'scipy', 'sklearn', 'matplotlib'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
