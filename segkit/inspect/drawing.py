@@ -155,7 +155,8 @@ def _middles(
 ) -> tuple[dict[float, float], float]:
     "The middle of each column, and the width of the figure, which should not exceed `width`"
     columns = sorted({spot.column for spot in places.values()})
-    room = {c: max(wide[name] for name, spot in places.items() if spot.column == c) for c in columns}
+    room = dict.fromkeys(columns, 0.)
+    for name, spot in places.items(): room[spot.column] = max(room[spot.column], wide[name])
     free = (width - sum(room.values()))/max(1, len(columns) - 1)
     gap, x, middles = min(1., max(.45, free)), .05, {}
     for c in columns:
@@ -175,7 +176,8 @@ def _layout(
     height = .45 + tallest + pitch*(max(rows) - min(rows)) + .08
     boxes = {}
     for name, spot in places.items():
-        center = np.array([middles[spot.column], height - .45 - tallest/2 - pitch*(spot.row - min(rows))])
+        y = height - .45 - tallest/2 - pitch*(spot.row - min(rows))
+        center = np.array([middles[spot.column], y])
         half = np.array([wide[name], high[name]])/2
         boxes[name] = np.concatenate([center - half, center + half])
     return boxes, (total, float(height))
@@ -220,7 +222,8 @@ def _hugs(points: np.ndarray, others: np.ndarray) -> float:
     return (distance.min(1) < .05).mean()
 
 def _ugliness(
-    curve: _Curve, drawn: Sequence[_Curve], boxes: Mapping[str, np.ndarray], size: tuple[float, float],
+    curve: _Curve, drawn: Sequence[_Curve], boxes: Mapping[str, np.ndarray],
+    size: tuple[float, float],
 ) -> float:
     "How much is wrong with a curve: boxes in its way, an end outside, curves it hugs, its bend"
     points, ends = curve.points, (curve.arrow.source, curve.arrow.target)
@@ -233,7 +236,8 @@ def _route(
     t: Trace, boxes: Mapping[str, np.ndarray], size: tuple[float, float],
 ) -> list[_Curve]: # Short arrows first
     "A curve for each arrow"
-    def length(a): return float(np.linalg.norm(_center(boxes[a.source]) - _center(boxes[a.target])))
+    def length(arrow):
+        return np.linalg.norm(_center(boxes[arrow.source]) - _center(boxes[arrow.target]))
     drawn = []
     for arrow in sorted(t.arrows, key=length):
         curves = [_curve(arrow, boxes, bend) for bend in _BENDS]
@@ -258,6 +262,7 @@ def _cover(
     on_curves = sum(_within(curve.points, box, 0).any() for curve in curves)
     return 30*on_boxes + 20*on_words + .15*on_curves
 
+# %% ../../nbs/inspect/02_drawing.ipynb #place-words
 def _labels(
     drawn: Sequence[_Curve], boxes: Mapping[str, np.ndarray], font: float,
 ) -> list[tuple[str, np.ndarray]]:
@@ -267,10 +272,11 @@ def _labels(
         text = ", ".join(curve.arrow.words)
         if not text: continue
         half = np.array([_width(text, font)/2 + .03, .07])
-        spots = {i: np.concatenate([curve.points[i] - half, curve.points[i] + half]) for i in _STOPS}
-        others = [other for other in drawn if other is not curve]
-        costs = {i: _cover(box, [*boxes.values()], placed, others) + abs(i - 20)/400
-                 for i, box in spots.items()}
+        others, spots, costs = [other for other in drawn if other is not curve], {}, {}
+        for i in _STOPS:
+            spots[i] = np.concatenate([curve.points[i] - half, curve.points[i] + half])
+            covered = _cover(spots[i], [*boxes.values()], placed, others)
+            costs[i] = covered + abs(i - 20)/400
         best = min(_STOPS, key=costs.__getitem__)
         placed.append(spots[best])
         texts.append((text, curve.points[best]))
@@ -312,7 +318,9 @@ def _draw_words(ax: Axes, text: str, at: np.ndarray, font: float) -> None:
     ax.text(*at, text, fontsize=font, color=".2", ha="center", va="center", zorder=5,
             bbox=dict(boxstyle="square,pad=.08", fc="white", ec="none", alpha=.88))
 
-def _draw_titles(ax: Axes, t: Trace, boxes: Mapping[str, np.ndarray], top: float, font: float) -> None:
+def _draw_titles(
+    ax: Axes, t: Trace, boxes: Mapping[str, np.ndarray], top: float, font: float,
+) -> None:
     "The words encoder, decoder and heads above their columns"
     if all(part.kind != "level" for part in t.parts.values()): return
     for title, kind in (("encoder", "level"), ("decoder", "part"), ("heads", "head")):

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 # %% ../../nbs/inspect/00a_recording.ipynb #words
 _ALWAYS = {"linear": "linear", "addmm": "linear", "mm": "linear", "mean": "pool",
            "softmax": "softmax", "sigmoid": "sigmoid"}
-_WHERE_VALUES_MEET = {"cat": "cat", "stack": "stack", "add": "+", "sub": "−", "mul": "×", "div": "÷",
-                      "bmm": "matmul", "baddbmm": "matmul", "maximum": "max"}
+_WHERE_VALUES_MEET = {"cat": "cat", "stack": "stack", "add": "+", "sub": "−", "mul": "×",
+                      "div": "÷", "bmm": "matmul", "baddbmm": "matmul", "maximum": "max"}
 _RESAMPLING = ("upsample", "pixel_shuffle", "pixel_unshuffle", "grid_sampler")
 
 def _resampling_word(before: Sequence[int], after: Sequence[int]) -> str:

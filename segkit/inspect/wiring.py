@@ -132,7 +132,7 @@ def _numbered(name: str, notes: Sequence[TensorNote]) -> Iterator[tuple[str, Ten
         yield (name if len(notes) == 1 else f"{name} [{i}]"), note
 
 def _levels(answer: Any) -> Iterator[tuple[str, TensorNote]]:
-    "Name and note of each tensor that an encoder returned; further lists share the names of the first"
+    "Name and note of each tensor that an encoder returned; inner lists use the same names"
     if isinstance(answer, TensorNote): answer = [answer]
     items = answer.items() if isinstance(answer, dict) else enumerate(answer or [])
     for key, item in items:
