@@ -94,6 +94,17 @@ def test_single_precision(arch, models):
         assert_equal(outputs(fused, x.to(memory_format=torch.channels_last)), expected, 2e-5)
 
 
+@torch.no_grad()
+def test_the_channels_are_last(models):
+    "Whatever order the images come in"
+    _, fused = models("unet")
+    seen = []
+    handles = [m.register_forward_hook(lambda m, args, y: seen.append(y)) for m in fused.modules() if isinstance(m, nn.Conv2d)]
+    fused(torch.randn(2, 3, 65, 71))
+    for handle in handles: handle.remove()
+    assert len(seen) > 10 and all(y.is_contiguous(memory_format=torch.channels_last) for y in seen)
+
+
 CASES = [
     *((arch, {}) for arch in sorted(architectures)),
     ("unet", dict(decoder_attention_type="scse")), ("unet", dict(decoder_use_norm="layernorm")),
@@ -143,14 +154,13 @@ def test_double_precision(arch, options):
 @every
 def test_a_head_or_decoder_of_ones_own(arch):
     "What stands in place of a part is kept, whatever form the part had"
-    model = build(arch, aux_params=None)
-    x = torch.randn(1, 3, 64, 96)
-    old = model.segmentation_head
-    model.segmentation_head = nn.Sequential(old, nn.Tanh())
-    assert_equal(outputs(fuse(model), x), outputs(model, x), 1e-4)
-    model.segmentation_head = old
-    model.decoder = nn.Sequential(model.decoder, nn.Tanh())
-    assert_equal(outputs(fuse(model), x), outputs(model, x), 1e-4)
+    model = build(arch, aux_params=None).double()
+    x = torch.randn(1, 3, 64, 96).double()
+    head, decoder = model.segmentation_head, model.decoder
+    model.segmentation_head = nn.Sequential(head, nn.Tanh())
+    assert_equal(outputs(fuse(model), x), outputs(model, x), 1e-9)
+    model.segmentation_head, model.decoder = head, nn.Sequential(decoder, nn.Tanh())
+    assert_equal(outputs(fuse(model), x), outputs(model, x), 1e-9)
 
 
 def test_the_model_is_not_changed():

@@ -32,9 +32,8 @@ class Fused(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]: # Mask `(b, classes, h, w)`, or mask and label `(b, labels)`
         check_images(x, self.in_channels)
         given, weight = x.dtype, next(self.model.parameters())
-        x = x.to(weight.dtype)
-        if not torch.compiler.is_compiling(): x = x.contiguous(memory_format=torch.channels_last)
-        return tree_map(lambda t: t.to(given) if t.is_floating_point() else t, self.model(x))
+        output = self.model(x.to(weight.dtype))
+        return tree_map(lambda t: t.to(given) if t.is_floating_point() else t, output)
 
     @torch.no_grad()
     def predict(self,
