@@ -195,15 +195,15 @@ class DPT(SegmentationModel):
         super().__init__()
         check_choice("decoder_readout", decoder_readout, readouts)
         _check_widths(decoder_intermediate_channels, encoder_depth)
-        if "encoder_output_stride" in kwargs: raise ValueError("DPT has no encoder_output_stride: its maps have the stride of the encoder's blocks")
-        self.encoder = get_vit_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, encoder_output_indices, **kwargs)
-        _warn_without_prefix(self.encoder, decoder_readout)
-        self.decoder = DPTDecoder(self.encoder.out_channels, self.encoder.output_strides, self.encoder.has_prefix_tokens,
-                                  decoder_readout, decoder_intermediate_channels, decoder_fusion_channels)
-        self.segmentation_head = DPTSegmentationHead(self.decoder.out_channels, classes, activation)
-        self.classification_head = ClassificationHead.from_params(self.encoder.out_channels[-1], aux_params)
-        self.name = f"dpt-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        if "encoder_output_stride" in kwargs:
+            raise ValueError("DPT has no encoder_output_stride: its maps have the stride of the encoder's blocks")
+        encoder = get_vit_encoder(encoder_name, in_channels, encoder_depth, encoder_weights,
+                                  encoder_output_indices, **kwargs)
+        _warn_without_prefix(encoder, decoder_readout)
+        decoder = DPTDecoder(encoder.out_channels, encoder.output_strides, encoder.has_prefix_tokens,
+                             decoder_readout, decoder_intermediate_channels, decoder_fusion_channels)
+        head = DPTSegmentationHead(decoder.out_channels, classes, activation)
+        self.assemble("dpt", encoder, decoder, head, aux_params)
 
     def forward(self,
         x: Tensor, # Images `(b, in_channels, h, w)`

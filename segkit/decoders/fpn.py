@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import nn, Tensor
 
-from ..core.geometry import resize
+from ..core.geometry import INTERPOLATIONS, resize
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/04_fpn.ipynb #topdown
@@ -172,13 +171,10 @@ class FPN(SegmentationModel):
         super().__init__()
         check_choice("encoder_depth", encoder_depth, [3, 4, 5])
         check_choice("decoder_merge_policy", decoder_merge_policy, ["add", "cat"])
-        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        channels = self.encoder.out_channels
-        self.decoder = FPNDecoder(channels, decoder_pyramid_channels, decoder_segmentation_channels,
-                                  decoder_dropout, decoder_merge_policy, decoder_interpolation)
-        self.segmentation_head = SegmentationHead(self.decoder.out_channels, classes, kernel_size=1, activation=activation,
-                                                  upsampling=self.decoder.stride if upsampling is None else upsampling)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
-        self.name = f"fpn-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
+        encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
+        decoder = FPNDecoder(encoder.out_channels, decoder_pyramid_channels, decoder_segmentation_channels,
+                             decoder_dropout, decoder_merge_policy, decoder_interpolation)
+        factor = decoder.stride if upsampling is None else upsampling
+        head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
+        self.assemble("fpn", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)

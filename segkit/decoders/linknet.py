@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn, Tensor
 
 from ..core.layers import Conv2dReLU, get_norm_layer
+from ..model.config import take_renamed
 from ..model.model import SegmentationModel
 from ..core.registry import architectures
 from ..encoders.base import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/03_linknet.ipynb #double
@@ -46,7 +46,7 @@ class LinknetBlock(nn.Module):
         skip: Tensor | None = None, # Encoder's map `(b, out_channels, 2h, 2w)`
     ) -> Tensor: # Map `(b, out_channels, 2h, 2w)`
         x = self.block(x)
-        return x if skip is None or not skip.shape[1] else x + skip
+        return x if skip is None else x + skip
 
 # %% ../../nbs/decoders/03_linknet.ipynb #decoder
 class LinknetDecoder(nn.Module):
@@ -63,16 +63,20 @@ class LinknetDecoder(nn.Module):
         if not encoder_channels[-1]:
             raise ValueError(f"encoder_depth={depth}: this encoder has no map at stride {2**depth}, so there is nothing to decode; "
                              f"use a depth from {depth + 1} to 5")
-        for c in encoder_channels[:0:-1]: widths.append(c or widths[-1])  # a level that is missing passes on what comes from below
-        self.blocks = nn.ModuleList(LinknetBlock(i, o, use_norm) for i, o in zip(widths, [*widths[1:], prefinal_channels]))
+        for c in encoder_channels[:0:-1]:
+            widths.append(c or widths[-1])  # a level that is missing passes on what comes from below
+        self.blocks = nn.ModuleList(LinknetBlock(below, out, use_norm)
+                                    for below, out in zip(widths, [*widths[1:], prefinal_channels]))
+        # level that each block adds; None where the encoder has no map, and at full size
+        self.skip_levels = [level if encoder_channels[level] else None for level in range(depth - 1, 0, -1)] + [None]
         self.out_channels = prefinal_channels
 
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, prefinal_channels, h, w)`
-        features = list(features)
-        x = features.pop()
-        for block in self.blocks: x = block(x, features.pop() if len(features) > 1 else None)
+        x = features[-1]
+        for block, level in zip(self.blocks, self.skip_levels):
+            x = block(x, None if level is None else features[level])
         return x
 
 # %% ../../nbs/decoders/03_linknet.ipynb #model
@@ -93,13 +97,11 @@ class Linknet(SegmentationModel):
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        channels, stride = self.encoder.out_channels, self.encoder.output_stride
-        if stride != 2**self.encoder.depth:
-            raise ValueError(f"output_stride={stride}: every block of a Linknet doubles, so the deepest map must have stride "
-                             f"{2**self.encoder.depth}; leave output_stride at 32")
-        self.decoder = LinknetDecoder(channels, use_norm=decoder_use_norm)
-        self.segmentation_head = SegmentationHead(self.decoder.out_channels, classes, kernel_size=1, activation=activation)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
-        self.name = f"link-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        decoder_use_norm = take_renamed("Linknet", kwargs, "decoder_use_batchnorm", "decoder_use_norm", decoder_use_norm)
+        encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
+        if encoder.output_stride != 2**encoder.depth:
+            raise ValueError(f"output_stride={encoder.output_stride}: every block of a Linknet doubles, so the deepest map "
+                             f"must have stride {2**encoder.depth}; leave output_stride at 32")
+        decoder = LinknetDecoder(encoder.out_channels, use_norm=decoder_use_norm)
+        head = SegmentationHead(decoder.out_channels, classes, kernel_size=1, activation=activation)
+        self.assemble("link", encoder, decoder, head, aux_params)

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.geometry import resize
+from ..core.geometry import INTERPOLATIONS, resize
 from ..core.layers import Conv2dReLU
+from ..model.config import take_renamed
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #means
@@ -144,12 +144,12 @@ class PSPNet(SegmentationModel):
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
-        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        channels = self.encoder.out_channels
-        self.decoder = PSPDecoder(channels, decoder_use_norm, psp_out_channels, psp_dropout, self.encoder.output_stride, decoder_interpolation)
-        self.segmentation_head = SegmentationHead(psp_out_channels, classes, activation=activation,
-                                                  upsampling=self.decoder.stride if upsampling is None else upsampling)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params or None)  # here an empty dict asks for none, as in SMP
-        self.name = f"psp-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        decoder_use_norm = take_renamed("PSPNet", kwargs, "psp_use_batchnorm", "decoder_use_norm", decoder_use_norm)
+        check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
+        encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
+        decoder = PSPDecoder(encoder.out_channels, decoder_use_norm, psp_out_channels, psp_dropout,
+                             interpolation=decoder_interpolation)
+        factor = encoder.output_stride if upsampling is None else upsampling
+        head = SegmentationHead(psp_out_channels, classes, 1, activation, factor)
+        # here an empty dict asks for no second head, as in SMP
+        self.assemble("psp", encoder, decoder, head, aux_params or None, enlarge_mask=upsampling is None)

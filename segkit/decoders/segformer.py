@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.geometry import resize
+from ..core.geometry import INTERPOLATIONS, resize
 from ..core.layers import Conv2dReLU
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/10_segformer.ipynb #mlp
@@ -99,12 +98,10 @@ class Segformer(SegmentationModel):
     ):
         super().__init__()
         check_choice("encoder_depth", encoder_depth, [3, 4, 5])
-        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        channels = self.encoder.out_channels
-        self.decoder = SegformerDecoder(channels, decoder_segmentation_channels, interpolation=decoder_interpolation)
-        self.segmentation_head = SegmentationHead(decoder_segmentation_channels, classes, kernel_size=1, activation=activation,
-                                                  upsampling=self.decoder.stride if upsampling is None else upsampling)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
-        self.name = f"segformer-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
+        encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
+        decoder = SegformerDecoder(encoder.out_channels, decoder_segmentation_channels,
+                                   interpolation=decoder_interpolation)
+        factor = 4 if upsampling is None else upsampling
+        head = SegmentationHead(decoder_segmentation_channels, classes, 1, activation, factor)
+        self.assemble("segformer", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)

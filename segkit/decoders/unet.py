@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import nn, Tensor
 
-from ..core.geometry import resize
+from ..core.geometry import INTERPOLATIONS, resize
 from ..core.layers import Attention, Conv2dReLU
+from ..model.config import take_renamed
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.base import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/00_unet.ipynb #block
@@ -52,11 +52,9 @@ class UnetDecoderBlock(nn.Module):
 # %% ../../nbs/decoders/00_unet.ipynb #decoder
 class UnetDecoder(nn.Module):
     "Blocks from the deepest map to full size [(Ronneberger et al., 2015)](https://arxiv.org/abs/1505.04597)"
-    stride = 1
-
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
-        decoder_channels: Sequence[int], # Channels of each block's result, deepest first; one for each encoder stage
+        decoder_channels: Sequence[int], # Channels of each block's result, deepest first
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
         attention_type: str | None = None, # None or "scse"
         interpolation_mode: str = "nearest", # Mode of `F.interpolate`
@@ -66,17 +64,19 @@ class UnetDecoder(nn.Module):
         check_widths("decoder_channels", decoder_channels, len(encoder_channels) - 1)
         deepest, *skips = encoder_channels[:0:-1]
         widths = [deepest, *decoder_channels]
-        self.center = nn.Sequential(*(Conv2dReLU(deepest, deepest, 3, padding=1, use_norm=use_norm) for _ in range(2))) if add_center_block else nn.Identity()
-        self.blocks = nn.ModuleList(UnetDecoderBlock(i, s, o, use_norm, attention_type, interpolation_mode)
-                                    for i, s, o in zip(widths, [*skips, None], widths[1:]))
+        self.center = _center(deepest, use_norm) if add_center_block else nn.Identity()
+        options = use_norm, attention_type, interpolation_mode
+        self.blocks = nn.ModuleList(UnetDecoderBlock(below, skip, out, *options)
+                                    for below, skip, out in zip(widths, [*skips, None], widths[1:]))
         self.out_channels = widths[-1]
 
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels[-1], h, w)`
-        features, sizes = list(features), [f.shape[-2:] for f in features[-2::-1]]
-        x = self.center(features.pop())
-        for block, size in zip(self.blocks, sizes): x = block(x, size, features.pop() if len(features) > 1 else None)
+        finer = features[-2::-1]  # the deepest but one, ..., the image
+        skips = [*finer[:-1], None]
+        x = self.center(features[-1])
+        for block, f, skip in zip(self.blocks, finer, skips): x = block(x, f.shape[-2:], skip)
         return x
 
 # %% ../../nbs/decoders/00_unet.ipynb #widths
@@ -87,9 +87,15 @@ def check_widths(
 ) -> None:
     "Raise unless `widths` has one positive number for each encoder stage"
     if isinstance(widths, (str, int)) or not all(isinstance(w, int) and w > 0 for w in widths):
-        raise TypeError(f"{argument}={widths!r}: expected {expected} positive whole numbers, one for each encoder stage, deepest first")
+        raise TypeError(f"{argument}={widths!r}: expected {expected} positive whole numbers, "
+                        "one for each encoder stage, deepest first")
     if len(widths) != expected:
-        raise ValueError(f"{argument} has {len(widths)} numbers, {tuple(widths)}, but the encoder has {expected} stages (encoder_depth={expected}): give {expected}")
+        raise ValueError(f"{argument} has {len(widths)} numbers, {tuple(widths)}, but the encoder has "
+                         f"{expected} stages (encoder_depth={expected}): give {expected}")
+
+def _center(channels, use_norm):
+    "Two convolutions on the deepest map, for an encoder whose last stage only pools (VGG)"
+    return nn.Sequential(*(Conv2dReLU(channels, channels, 3, padding=1, use_norm=use_norm) for _ in range(2)))
 
 # %% ../../nbs/decoders/00_unet.ipynb #model
 @architectures.register("unet")
@@ -114,12 +120,10 @@ class Unet(SegmentationModel):
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
-        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        channels = self.encoder.out_channels
-        self.decoder = UnetDecoder(channels, decoder_channels, decoder_use_norm, decoder_attention_type, decoder_interpolation,
-                                   add_center_block=self.encoder.has_center)
-        self.segmentation_head = SegmentationHead(self.decoder.out_channels, classes, activation=activation)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
-        self.name = f"u-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        decoder_use_norm = take_renamed("Unet", kwargs, "decoder_use_batchnorm", "decoder_use_norm", decoder_use_norm)
+        check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
+        encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
+        decoder = UnetDecoder(encoder.out_channels, decoder_channels, decoder_use_norm,
+                              decoder_attention_type, decoder_interpolation, encoder.has_center)
+        head = SegmentationHead(decoder.out_channels, classes, activation=activation)
+        self.assemble("u", encoder, decoder, head, aux_params)

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 
-from ..core.geometry import resize
+from ..core.geometry import INTERPOLATIONS, resize
 from ..core.layers import Conv2dReLU, LayerNorm2d
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .pspnet import GridMean
 from ..encoders.base import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/09_upernet.ipynb #context
@@ -152,12 +151,9 @@ class UPerNet(SegmentationModel):
     ):
         super().__init__()
         check_choice("encoder_depth", encoder_depth, [3, 4, 5])
-        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        channels = self.encoder.out_channels
-        self.decoder = UPerNetDecoder(channels, decoder_channels, decoder_use_norm, decoder_interpolation)
-        self.segmentation_head = SegmentationHead(decoder_channels, classes, kernel_size=1, activation=activation,
-                                                  upsampling=self.decoder.stride if upsampling is None else upsampling)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
-        self.name = f"upernet-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
+        encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
+        decoder = UPerNetDecoder(encoder.out_channels, decoder_channels, decoder_use_norm, decoder_interpolation)
+        factor = 4 if upsampling is None else upsampling
+        head = SegmentationHead(decoder_channels, classes, 1, activation, factor)
+        self.assemble("upernet", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
