@@ -92,7 +92,8 @@ def foldable_pairs(
             if conv is None or len(conv.users) > 1: continue
             first, second = f"{path}{conv.target}", f"{path}{norm.target}"
             modules = model.get_submodule(first), model.get_submodule(second)
-            if not (isinstance(modules[0], CONVOLUTIONS) and isinstance(modules[1], NORMS)): continue
+            if not isinstance(modules[0], CONVOLUTIONS): continue
+            if not isinstance(modules[1], NORMS): continue
             if any(calls[n.target] > 1 or n.target in touched for n in (conv, norm)): continue
             held = [*modules, *modules[0].parameters(), *modules[1].parameters()]
             if not any(id(t) in shared for t in held): yield first, second
@@ -106,7 +107,7 @@ def _source(node):
 def _shared(model):
     "Modules and weights that stand in more than one place"
     counts = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    counts += Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    for m in model.modules(): counts.update(map(id, m.parameters(recurse=False)))
     return {key for key, count in counts.items() if count > 1}
 
 # %% ../../nbs/inference/11_fold.ipynb #rest
@@ -128,7 +129,8 @@ def _takes_a_fold(conv, norm):
     norm.running_var.mul_(7.)  # a fresh norm would hide a weight whose scale does not matter
     norm.running_mean.add_(.5)
     size = [3*k*d for k, d in zip(conv.kernel_size, conv.dilation)]
-    x = torch.randn(2, conv.in_channels, *size, generator=torch.Generator().manual_seed(0)).to(conv.weight)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, conv.in_channels, *size, generator=generator).to(conv.weight)
     statistics = norm.running_mean, norm.running_var
     expected = nn.functional.batch_norm(conv(x), *statistics, norm.weight, norm.bias, eps=norm.eps)
     _fold(conv, norm)
@@ -162,7 +164,7 @@ MERGING_METHODS = ("fuse", "reparameterize", "switch_to_deploy")
 def merge_branches(
     model: nn.Module, # Model or encoder in evaluation mode; not changed
     x: Tensor, # Example to run it on
-    tolerance: float = 1e-3, # Largest difference, relative to the largest value, that is still rounding
+    tolerance: float = 1e-3, # Largest difference that is rounding, relative to the largest value
 ) -> nn.Module: # With parallel branches merged, or `model` itself where that is not possible
     "Merge what was built to be merged after training"
     if not any(map(_merging_method, model.modules())): return model

@@ -47,8 +47,8 @@ class Fused(nn.Module):
     ):
         "Refuse to train: norms and dropout are gone"
         if mode:
-            raise RuntimeError("a fused model is for inference only: train the model that it was made from, "
-                               "and fuse that again")
+            raise RuntimeError("a fused model is for inference only: train the model that it was "
+                               "made from, and fuse that again")
         return super().train(False)
 
 # %% ../../nbs/inference/10_fuse.ipynb #fuse
@@ -56,7 +56,7 @@ class Fused(nn.Module):
 def fuse(
     model: SegmentationModel, # Trained model; not changed
     example_input: Tensor | None = None, # Images `(b, in_channels, h, w)` to compare both on, too
-    dtype: torch.dtype | None = None, # A lower precision, which is not exact; None for the model's own
+    dtype: torch.dtype | None = None, # A lower precision, not exact; None for the model's own
 ) -> Fused: # Inference form with weights of its own
     "An equal model that is faster and needs less memory, for inference"
     _check_fusable(model)
@@ -80,8 +80,8 @@ def _check_fusable(model):
                         "segkit.inference.fold.fold_norms takes any module")
     hooked = [name or "the model itself" for name, m in model.named_modules() if _hooks(m)]
     if hooked:
-        raise ValueError(f"fuse: there are hooks on {', '.join(hooked)}, and a fused model has other modules; "
-                         "remove them first, for example by handle.remove()")
+        raise ValueError(f"fuse: there are hooks on {', '.join(hooked)}, and a fused model has other "
+                         "modules; remove them first, for example by handle.remove()")
 
 def _hooks(module):
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -109,13 +109,15 @@ def _assert_same(got, expected, x):
     for a, b in zip(got, expected, strict=True):
         error = (a.double() - b.double()).abs().max()/b.double().abs().max().clamp(min=1e-12)
         if not error <= 1e-6:
-            raise RuntimeError(f"the fused model differs from the original by {error:.1e} of the largest value "
-                               f"on images of shape {tuple(x.shape)}; this is a bug, please report it")
+            raise RuntimeError(f"the fused model differs from the original by {error:.1e} of the largest "
+                               f"value on images of shape {tuple(x.shape)}; "
+                               "this is a bug, please report it")
 
 # %% ../../nbs/inference/10_fuse.ipynb #forms
 def _with_inference_forms(model):
     "The model, its decoder and its heads in the forms that they have for inference"
-    if not type(model).forward.__module__.startswith("segkit."): return model  # who knows what it reads
+    # a forward of a user's own may read parts that a form does not have
+    if not type(model).forward.__module__.startswith("segkit."): return model
     model = _form_of(model)
     for name, part in list(model.named_children()): setattr(model, name, _form_of(part))
     return model
