@@ -7,7 +7,8 @@ from oracle import relative_error, smp
 import segkit
 from segkit.encoders import check_encoder, get_encoder
 from segkit.encoders.bridge import TimmBridgeEncoder, choose_maps
-from segkit.encoders.universal import Fit, TimmUniversalEncoder, find_fit
+from segkit.encoders.fit import Fit, find_fit
+from segkit.encoders.universal import TimmUniversalEncoder
 
 KINDS = {  # name -> architecture it is tried in, and an odd size
     "deit_tiny_distilled_patch16_224": ("unet", (50, 71)),  # two prefix tokens
@@ -70,7 +71,7 @@ def test_blocks_are_those_of_timm():
 
 
 def test_padding_and_stretching():
-    pad, stretch, loose = Fit(multiple=32), Fit(multiple=14, stretch=True), Fit(least=32, loose=True)
+    pad, stretch, loose = Fit(multiple=32), Fit(multiple=14, stretch=True), Fit(minimum=32, resize_maps=True)
     x = torch.randn(1, 3, 40, 60)
     assert pad.image(x).shape[-2:] == (64, 64) and stretch.image(x).shape[-2:] == (42, 70) and loose.image(x).shape[-2:] == (40, 60)
     f = torch.arange(64.).reshape(1, 1, 8, 8)
@@ -85,10 +86,10 @@ def test_trial_finds_the_mildest_form():
             if not takes(*x.shape[-2:]): raise AssertionError("not this size")
             return [x.new_zeros(1, 8, *map(shrink, x.shape[-2:]))]
         return lambda **arguments: run
-    assert find_fit(model(lambda h, w: True), [16], (224, 224)).free
+    assert find_fit(model(lambda h, w: True), [16], (224, 224)).is_identity
     assert find_fit(model(lambda h, w: h % 32 == w % 32 == 0), [16], (224, 224)) == Fit(multiple=32)
     assert find_fit(model(lambda h, w: h == w == 224), [16], (224, 224)) == Fit(size=(224, 224))
-    assert find_fit(model(lambda h, w: h > 70, lambda n: n//16 - 2), [16], (299, 299)) == Fit(least=96, loose=True)
+    assert find_fit(model(lambda h, w: h > 70, lambda n: n//16 - 2), [16], (299, 299)) == Fit(minimum=96, resize_maps=True)
     def freed(**arguments): return model(lambda h, w: arguments and h % 16 == 0)()
     assert find_fit(freed, [16], (224, 224)) == Fit(multiple=16, arguments=(("dynamic_img_size", True),))
 

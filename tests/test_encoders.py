@@ -114,9 +114,15 @@ def test_a_file_is_read_without_running_code(tmp_path):
 
 
 def test_a_tag_of_timm_in_either_place(monkeypatch):
-    asked = []
-    monkeypatch.setattr("segkit.encoders.universal._pretrained", lambda name, bare, build: asked.append(bare) or build(False))
-    for name, weights in [("tu-test_resnet.r160_in1k", True), ("tu-test_resnet", "r160_in1k"), ("tu-test_resnet", "imagenet")]: get_encoder(name, weights=weights)
+    import timm
+    asked, create_model = [], timm.create_model
+    def create(name, pretrained=False, **kwargs):
+        if pretrained: asked.append(name)
+        return create_model(name, pretrained=False, **kwargs)
+    monkeypatch.setattr("timm.create_model", create)
+    for name, weights in [("tu-test_resnet.r160_in1k", True), ("tu-test_resnet", "r160_in1k"), ("tu-test_resnet", "imagenet")]:
+        encoder = get_encoder(name, weights=weights)
+        assert encoder.preprocessing == get_preprocessing_params(name, weights) != {}
     assert asked == ["test_resnet.r160_in1k", "test_resnet.r160_in1k", "test_resnet"]
     with pytest.raises(KeyError, match="has no weights .r16_in1k.; did you mean .r160_in1k.. Its tags: .imagenet., .r160_in1k."): get_encoder("tu-test_resnet", weights="r16_in1k")
 

@@ -7,8 +7,7 @@ from oracle import relative_error, smp
 from torch import nn
 
 import segkit
-from segkit.encoders import check_encoder, get_encoder, get_encoder_names, get_preprocessing_params, parameter_stages
-from segkit.encoders.base import encoders
+from segkit.encoders import check_encoder, encoders, get_encoder, get_encoder_names, get_preprocessing_params, parameter_stages
 
 FAMILIES = {
     "vgg": [f"vgg{n}{bn}" for n in (11, 13, 16, 19) for bn in ("", "_bn")],

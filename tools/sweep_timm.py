@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segkit import create_model
 from segkit.core.registry import architectures
-from segkit.encoders.base import EncoderMixin, get_encoder
+from segkit.encoders import EncoderMixin, get_encoder
 from segkit.encoders.bridge import TimmBridgeEncoder
-from segkit.encoders.universal import _WithoutValues
+from segkit.encoders.timm_models import no_fill
 from segkit.encoders.vit import block_facts, get_vit_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ def without_values(build):
     "`timm.create_model`, quicker: nothing is gained by filling tensors that hold nothing"
     @functools.wraps(build)
     def quick(*args, **kwargs):
-        with _WithoutValues(): return build(*args, **kwargs)
+        with no_fill(): return build(*args, **kwargs)
     return quick
 
 
@@ -79,7 +79,7 @@ def check_decoders(channels, output_stride):
             try:
                 options = {"encoder_output_stride": output_stride} if arch in ("pan", "deeplabv3plus", "deeplabv3") else {}
                 extra = {"encoder_depth": len(channels) - 1} | ({"psp_out_channels": 64} if arch == "pspnet" else {})
-                with torch.device("meta"), _WithoutValues(): model = create_model(arch, encoder_name=Maps(channels, output_stride), encoder_weights=None, classes=2, **options, **extra).eval()
+                with torch.device("meta"), no_fill(): model = create_model(arch, encoder_name=Maps(channels, output_stride), encoder_weights=None, classes=2, **options, **extra).eval()
                 size = SIZES[1]
                 with torch.no_grad(): mask = model(torch.zeros(1, 3, *size, device="meta"))
                 if tuple(mask.shape) != (1, 2, *size): raise ValueError(f"mask {tuple(mask.shape)}")
@@ -101,6 +101,14 @@ def check_dpt(name, device):
     if tuple(mask.shape) != (1, 2, *size): raise ValueError(f"mask {tuple(mask.shape)}")
 
 
+def in_words(fit):
+    "What is done to an image before the model sees it, as the table says it"
+    if fit.is_identity: return "free"
+    if fit.size: return "fixed"
+    if fit.resize_maps: return f"loose {fit.minimum}"
+    return f"{'stretch' if fit.stretch else 'pad'} {fit.multiple}"
+
+
 def sweep(name, device="meta"):
     "The row of one model"
     tags = timm.list_pretrained(f"{name}.*") or ([name] if name in timm.list_pretrained(name) else [])
@@ -116,7 +124,7 @@ def sweep(name, device="meta"):
         encoder.requires_grad_(False)  # the counter trips over a token that is a parameter
         bridged = isinstance(encoder, TimmBridgeEncoder)
         fit = encoder.fit
-        how = ("fixed" if fit.size else f"loose {fit.least}" if fit.loose else f"{'stretch' if fit.stretch else 'pad'} {fit.multiple}" if not fit.free else "free")
+        how = in_words(fit)
         strides = sorted(set(block_facts(name)[0])) if bridged else [2**level for level in encoder._levels]
         row |= {"kind": "bridge" if bridged else "pyramid", "strides": ",".join(map(str, strides)), "channels": ",".join(map(str, encoder.out_channels)),
                 "fit": " ".join([how, *(f"{k}={v}" for k, v in fit.arguments)]), "parameters": parameters}

@@ -16,7 +16,7 @@ from ..core.geometry import resize
 from ..core.layers import BatchNorm2d
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #separable

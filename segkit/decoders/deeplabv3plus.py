@@ -17,7 +17,7 @@ from ..core.layers import BatchNorm2d
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .deeplabv3 import ASPP, SeparableConv2d
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/07_deeplabv3plus.ipynb #decoder

@@ -18,7 +18,7 @@ from ..core.enlarged import conv_of, convolve_enlarged
 from ..core.geometry import INTERPOLATIONS, resize
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/04_fpn.ipynb #topdown

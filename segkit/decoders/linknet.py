@@ -15,7 +15,7 @@ from ..core.layers import Conv2dReLU, get_norm_layer
 from ..model.config import take_renamed
 from ..model.model import SegmentationModel
 from ..core.registry import architectures
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/03_linknet.ipynb #double

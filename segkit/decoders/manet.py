@@ -23,7 +23,7 @@ from ..model.config import take_renamed
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .unet import check_widths
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/02_manet.ipynb #joint

@@ -21,7 +21,7 @@ from ..core.geometry import pad_to_least
 from ..model.config import take_renamed
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/08_pan.ipynb #conv

@@ -18,7 +18,7 @@ from ..core.geometry import INTERPOLATIONS, resize
 from ..core.layers import Conv2dReLU
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/10_segformer.ipynb #mlp

@@ -19,7 +19,7 @@ from ..model.model import SegmentationModel, check_images
 from ..core.layers import SCSEModule
 from ..core.registry import architectures, check_choice
 from .unet import check_widths, JoinedBlock, UnetDecoderBlock
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 

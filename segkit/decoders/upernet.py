@@ -18,7 +18,7 @@ from ..core.layers import Conv2dReLU, LayerNorm2d
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .pspnet import GridMean
-from ..encoders.base import get_encoder
+from ..encoders.build import get_encoder
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/09_upernet.ipynb #context

@@ -1,10 +1,10 @@
 from .base import EncoderMixin as EncoderMixin
 from .base import check_encoder as check_encoder
-from .base import encoders as encoders
-from .base import get_encoder as get_encoder
-from .base import get_encoder_names as get_encoder_names
-from .base import parameter_stages as parameter_stages
-from .base import register_encoder as register_encoder
+from .build import encoders as encoders
+from .build import get_encoder as get_encoder
+from .build import get_encoder_names as get_encoder_names
+from .probing import parameter_stages as parameter_stages
+from .build import register_encoder as register_encoder
 from .bridge import TimmBridgeEncoder as TimmBridgeEncoder
 from .catalog import list_encoders as list_encoders
 from .given import ModuleEncoder as ModuleEncoder

@@ -9,15 +9,17 @@ __all__ = ['bridges', 'level_of', 'choose_maps', 'TimmBridgeEncoder']
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import nn, Tensor
 
 from ..core.layers import LayerNorm2d
 from ..core.registry import check_choice
-from .base import EncoderMixin, _run, parameter_stages
-from .universal import _cached, find_fit, made_for, weightless
+from .base import EncoderMixin
+from .fit import Fit, find_fit, level_size
+from .probing import parameter_stages, unused_parameters
+from .timm_models import (
+    check_timm_arguments, meta_model, native_size, once_for_each, refused_by_timm)
 from .vit import block_facts, sample_block_indices_uniformly
 
 # %% ../../nbs/encoders/21_bridge.ipynb #level
@@ -33,31 +35,37 @@ def choose_maps(
     spread: bool = False, # Whether levels that share a stride take different maps; else each takes the last
 ) -> list[int]: # For each level, the position of the map that it is made from
     "A map of the level itself, or of the nearest level that has one"
-    at: dict[int, list[int]] = {}
+    at: dict[int, list[int]] = {}  # level -> positions of its maps
     for i, stride in enumerate(strides): at.setdefault(level_of(stride), []).append(i)
-    source = [min(at, key=lambda have: (abs(have - level), have)) for level in levels]
-    if not spread: return [at[s][-1] for s in source]
-    share = {s: iter(sample_block_indices_uniformly(source.count(s), len(at[s]))) for s in at if s in source}
-    return [at[s][max(0, next(share[s]))] for s in source]
+    sources = [min(at, key=lambda have: (abs(have - level), have)) for level in levels]
+    if not spread: return [at[source][-1] for source in sources]
+    shares = {}
+    for source in set(sources):
+        spaced = sample_block_indices_uniformly(sources.count(source), len(at[source]))
+        shares[source] = iter([at[source][max(0, i)] for i in spaced])
+    return [next(shares[source]) for source in sources]
 
 # %% ../../nbs/encoders/21_bridge.ipynb #simple
 def _simple_level(channels, steps):
     "A level `steps` finer (or, if negative, coarser) than its map, and its channels"
-    if steps <= 0: return (nn.MaxPool2d(2**-steps, ceil_mode=True) if steps else nn.Identity()), channels
+    if steps == 0: return nn.Identity(), channels
+    if steps < 0: return nn.MaxPool2d(2**-steps, ceil_mode=True), channels
     widths = [max(1, channels//2**k) for k in range(steps + 1)]
     layers = []
-    for i, o in zip(widths, widths[1:]):
-        if layers: layers += [LayerNorm2d(i), nn.GELU()]
-        layers.append(nn.ConvTranspose2d(i, o, 2, stride=2))
+    for width, narrower in zip(widths, widths[1:]):
+        if layers: layers += [LayerNorm2d(width), nn.GELU()]
+        layers.append(nn.ConvTranspose2d(width, narrower, 2, stride=2))
     return nn.Sequential(*layers), widths[-1]
 
 # %% ../../nbs/encoders/21_bridge.ipynb #resize
 def _resized_level(channels, steps):
     "The same without weights"
-    if steps <= 0: return (nn.AvgPool2d(2**-steps, ceil_mode=True) if steps else nn.Identity()), channels
+    if steps == 0: return nn.Identity(), channels
+    if steps < 0: return nn.AvgPool2d(2**-steps, ceil_mode=True), channels
     return nn.Upsample(scale_factor=2**steps, mode="bilinear"), channels
 
-bridges: dict[str, tuple[Callable[[int, int], tuple[nn.Module, int]], bool]] = { # Form -> what builds a level, and whether levels read different blocks
+# form -> what builds a level, and whether levels read different blocks
+bridges: dict[str, tuple[Callable[[int, int], tuple[nn.Module, int]], bool]] = {
     "simple": (_simple_level, False),
     "resize": (_resized_level, True),
 }
@@ -77,49 +85,62 @@ class TimmBridgeEncoder(nn.Module, EncoderMixin):
     ):
         super().__init__()
         build, spread = bridges[check_choice("bridge", bridge, bridges)]
-        blocks = _blocks(name, indices)
-        strides, channels = list(blocks.values()), block_facts(name)[1]
-        self._targets = _targets(name, strides, depth, output_stride)
-        chosen = [list(blocks)[i] for i in choose_maps(strides, list(self._targets.values()), spread)]
-        self._source, self.indices = dict(zip(self._targets, chosen)), sorted(set(chosen))
-        self.model, self.fit, self._norm, self._made_with = _build(name, pretrained, in_channels, self.indices, kwargs)
-        made = {level: build(channels[i], level_of(blocks[i]) - self._targets[level]) for level, i in self._source.items()}
-        self.bridge = nn.ModuleDict({str(level): module for level, (module, _) in made.items()})
-        self._out_channels = [in_channels] + [made[level][1] if level in made else 0 for level in range(1, depth + 1)]
-        self.name, self._in_channels, self._depth, self._output_stride = name, in_channels, depth, 2**max(self._targets.values())
-        for p in _unused(self): p.requires_grad_(False)  # a weight that never gets a gradient stops training on several GPUs
+        strides = _block_strides(name, indices)
+        self._targets = _targets(name, list(strides.values()), depth, output_stride)
+        positions = choose_maps(list(strides.values()), list(self._targets.values()), spread)
+        self._source = {level: list(strides)[i] for level, i in zip(self._targets, positions)}
+        self.indices = sorted(set(self._source.values()))
+        self.model, self.fit, self._norm, self._made_with = _read_until(
+            name, pretrained, in_channels, self.indices, kwargs)
+        self.name, self._in_channels, self._depth = name, in_channels, depth
+        self._output_stride = 2**max(self._targets.values())
+        self._out_channels, self.bridge = [in_channels] + [0]*depth, nn.ModuleDict()
+        for level, i in self._source.items():
+            steps = level_of(strides[i]) - self._targets[level]
+            layers, width = build(block_facts(name).channels[i], steps)
+            self.bridge[str(level)], self._out_channels[level] = layers, width
+        # a weight that never gets a gradient stops training on several GPUs
+        for p in unused_parameters(self): p.requires_grad_(False)
 
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
-        seen, (b, _, h, w) = self.fit.image(x), x.shape
+        seen = self.fit.image(x)
         maps = dict(zip(self.indices, self.blocks(seen, self.indices, self._norm)))
-        levels = {level: self.fit.map(self.bridge[str(level)](maps[i]), 2**self._targets[level], x, seen) for level, i in self._source.items()}
-        return [x, *(levels[level] if level in levels else x.new_empty(b, 0, (h + 2**level - 1)//2**level, (w + 2**level - 1)//2**level)
-                     for level in range(1, self._depth + 1))]
+        features = [x]
+        for level in range(1, self._depth + 1):
+            if level in self._source:
+                f = self.bridge[str(level)](maps[self._source[level]])
+                features.append(self.fit.map(f, 2**self._targets[level], x, seen))
+            else: features.append(x.new_empty(x.shape[0], 0, *level_size(x, 2**level)))
+        return features
 
     def blocks(self,
         x: Tensor, # Image of a size that the model takes `(b, in_channels, h, w)`
         indices: Sequence[int], # Blocks, in their order
         norm: bool = False, # Apply the model's last norm
     ) -> list[Tensor]: # A map `(b, c, h/s, w/s)` for each block, without tokens that have no place
-        return self.model.forward_intermediates(x, indices=list(indices), norm=norm, output_fmt="NCHW", intermediates_only=True)
+        "The maps between the blocks"
+        return _block_maps(self.model, x, indices, norm)
 
     def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, 1 the finest -> names of its parameters
         "Quarters of the model, by depth, and the bridge as the last stage"
-        quarters, unused = parameter_stages(_Quarters(self)), {id(p) for p in _unused(self)}
+        quarters = parameter_stages(_Quarters(self))
+        unused = {id(p) for p in unused_parameters(self)}
         last = max(quarters.values())
         table: dict[int, list[str]] = {stage: [] for stage in range(1, last + 1)}
-        for key, p in self.named_parameters():
-            stage = last + 1 if key.startswith("bridge.") else quarters.get(f"encoder.{key}", last)  # the last norm belongs to the last quarter
-            if id(p) not in unused: table.setdefault(stage, []).append(key)
+        for name, p in self.named_parameters():
+            if id(p) in unused: continue
+            # the last norm belongs to the last quarter
+            stage = quarters.get(f"encoder.{name}", last)
+            if name.startswith("bridge."): stage = last + 1
+            table.setdefault(stage, []).append(name)
         return table
 
     def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
         "Tensors of the whole model, of which this one builds a part"
-        import timm
-        with torch.device("meta"): whole = timm.create_model(self.name, pretrained=False, **self._made_with)
-        return {f"model.{k}": tuple(t.shape) for k, t in whole.state_dict().items()}
+        whole = meta_model(self.name, **self._made_with)
+        return {f"model.{name}": tuple(t.shape) for name, t in whole.state_dict().items()}
 
 # %% ../../nbs/encoders/21_bridge.ipynb #encoder-helpers
 class _Quarters(nn.Module, EncoderMixin):
@@ -127,71 +148,74 @@ class _Quarters(nn.Module, EncoderMixin):
     def __init__(self, encoder):
         super().__init__()
         blocks = encoder.indices[-1] + 1
-        self.indices = sorted({max(0, i) for i in sample_block_indices_uniformly(min(4, blocks), blocks)})
-        self.encoder, self._in_channels, self._depth = encoder, encoder._in_channels, len(self.indices)
+        ends = sample_block_indices_uniformly(min(4, blocks), blocks)
+        self.indices = sorted({max(0, i) for i in ends})
+        self.encoder, self._in_channels = encoder, encoder._in_channels
+        self._depth = len(self.indices)
 
     def forward(self, x): return [x, *self.encoder.blocks(self.encoder.fit.image(x), self.indices)]
 
-def _unused(encoder):
-    "Parameters that no level depends on, such as a class token that is read by the classifier only"
-    modes = [(m, m.training) for m in encoder.modules()]
-    encoder.eval()
-    try:
-        with torch.enable_grad():
-            maps, parameters = _run(encoder, encoder._probe_size, "meta")
-            total = sum(f.sum() for f in maps if f.requires_grad)
-    except (RuntimeError, NotImplementedError): return []  # a model that looks at values cannot run without them
-    finally:
-        for m, mode in modes: m.training = mode
-    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    return [encoder.get_parameter(key) for key, grad in zip(parameters, grads) if grad is None]
-
-def _blocks(name, indices):
+def _block_strides(name, indices):
     "Number of each block that may be read -> its stride"
-    strides = block_facts(name)[0]
+    strides = block_facts(name).strides
     if indices is None: return dict(enumerate(strides))
-    if isinstance(indices, (str, int)) or not indices or not all(isinstance(i, int) and -len(strides) <= i < len(strides) for i in indices):
-        raise ValueError(f"indices={indices!r}: expected whole numbers; {name!r} has the blocks 0 to {len(strides) - 1}")
-    return {i: strides[i] for i in sorted({i % len(strides) for i in indices})}
+    count = len(strides)
+    numbers = not isinstance(indices, (str, int)) and all(isinstance(i, int) for i in indices)
+    if not (numbers and indices and all(-count <= i < count for i in indices)):
+        raise ValueError(f"indices={indices!r}: expected whole numbers; {name!r} has the blocks "
+                         f"0 to {count - 1}")
+    return {i: strides[i] for i in sorted({i % count for i in indices})}
 
 def _targets(name, strides, depth, output_stride):
     "Level -> level whose stride it has: the same, or a finer one to keep within the output stride"
     deepest = max(5, *map(level_of, strides))
-    if not 1 <= depth <= deepest: raise ValueError(f"encoder_depth={depth}: for the timm model {name!r} use a depth of 1 to {deepest}")
+    if not 1 <= depth <= deepest:
+        raise ValueError(f"encoder_depth={depth}: for the timm model {name!r} "
+                         f"use a depth of 1 to {deepest}")
     check_choice("output_stride", output_stride, [8, 16, 32])
-    finest = 1 if depth == 1 else min(2, *map(level_of, strides), depth)
-    return {level: level if output_stride == 32 else min(level, level_of(output_stride)) for level in range(max(1, finest), depth + 1)}
+    finest = 1 if depth == 1 else max(1, min(2, depth, *map(level_of, strides)))
+    coarsest = depth if output_stride == 32 else level_of(output_stride)
+    return {level: min(level, coarsest) for level in range(finest, depth + 1)}
 
 # %% ../../nbs/encoders/21_bridge.ipynb #build
-def _build(name, pretrained, in_channels, indices, kwargs):
-    "The timm model without what lies behind the last block that is read, its `Fit`, whether its last norm is read, and what it was made with"
+def _block_maps(model, x, indices, norm=False):
+    "timm's maps between blocks"
+    return model.forward_intermediates(
+        x, indices=list(indices), norm=norm, output_fmt="NCHW", intermediates_only=True)
+
+def _read_until(name, pretrained, in_channels, indices, kwargs):
+    "The timm model up to the last block, its `Fit`, whether its last norm is read, its arguments"
     import timm
-    if clash := {"features_only", "out_indices", "in_chans", "num_classes", "pretrained"} & set(kwargs):
-        raise ValueError(f"{', '.join(map(repr, sorted(clash)))} of the timm model {name!r}: segkit sets it; use encoder_weights, in_channels and encoder_depth")
+    check_timm_arguments(name, kwargs, "num_classes")
     try:
-        fit, norm = _cached(_block_fit, name, tuple(indices), given=kwargs)
+        fit, norm = _block_fit(name, tuple(indices), **kwargs)
         kwargs = dict(fit.arguments) | kwargs
         model = timm.create_model(name, pretrained=pretrained, in_chans=in_channels, **kwargs)
-    except TypeError as error: raise TypeError(f"the timm model {name!r} does not take one of these arguments: {error}") from None
+    except TypeError as error: raise refused_by_timm(name, error) from None
     model.prune_intermediate_layers(indices, prune_norm=not norm, prune_head=True)
     return model, fit, norm, kwargs
 
-@lru_cache(maxsize=None)
-def _block_fit(name, indices, given):
-    "What the model needs to take an image of any size, and whether its last norm fits the maps; found by trial"
+# %% ../../nbs/encoders/21_bridge.ipynb #block-fit
+@once_for_each
+def _block_fit(name, indices, **kwargs) -> tuple[Fit, bool]:
+    "What the model needs to take any image, and whether its last norm fits the maps; by trial"
     def make(**arguments):
-        model = weightless(name, **arguments | dict(given))
-        return lambda x: model.forward_intermediates(x, indices=list(indices), output_fmt="NCHW", intermediates_only=True)
-    strides = [block_facts(name)[0][i] for i in indices]
-    fit = find_fit(make, strides, made_for(name, dict(given)))
-    if fit.free: fit = replace(fit, multiple=max(strides))  # a finer level must know where the image ends within the last cell
-    norm = len({level_of(s) for s in block_facts(name)[0]}) == 1 and _norm_fits(weightless(name, **dict(fit.arguments) | dict(given)), fit, indices)
-    return fit, norm
+        model = meta_model(name, **arguments | kwargs)
+        return lambda x: _block_maps(model, x, indices)
+    every = block_facts(name).strides
+    strides = [every[i] for i in indices]
+    fit = find_fit(make, strides, native_size(name, kwargs))
+    # a finer level must know where the image ends within the last cell
+    if fit.is_identity: fit = replace(fit, multiple=max(strides))
+    if len(set(map(level_of, every))) > 1: return fit, False
+    return fit, _norm_fits(meta_model(name, **dict(fit.arguments) | kwargs), fit, indices)
 
 def _norm_fits(model, fit, indices):
-    "Whether the model's last norm leaves the maps their channels; that of SAM is a neck, which does not"
+    "Whether the model's last norm leaves the maps their channels; that of SAM, a neck, does not"
     image = fit.image(torch.empty(1, 3, 64, 96, device="meta"))
-    run = lambda norm: model.forward_intermediates(image, indices=list(indices), norm=norm, output_fmt="NCHW", intermediates_only=True)
     try:
-        with torch.no_grad(): return [f.shape for f in run(True)] == [f.shape for f in run(False)]
+        with torch.no_grad():
+            with_norm = _block_maps(model, image, indices, norm=True)
+            without = _block_maps(model, image, indices, norm=False)
     except Exception: return False
+    return [f.shape for f in with_norm] == [f.shape for f in without]

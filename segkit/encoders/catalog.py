@@ -7,7 +7,6 @@ __all__ = ['permissive', 'sweep_rows', 'list_encoders']
 
 # %% ../../nbs/encoders/90_catalog.ipynb #imports
 import csv
-import math
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.registry import check_choice, encoders
-from .base import get_encoder
+from .build import get_encoder
 
 if TYPE_CHECKING: from pandas import DataFrame
 
@@ -27,7 +26,8 @@ if TYPE_CHECKING: from pandas import DataFrame
 def sweep_rows() -> tuple[dict[str, Any], ...]: # A row for each timm model that was tried
     "The table that `tools/sweep_timm.py` wrote"
     text = files("segkit.encoders").joinpath("timm_models.tsv").read_text(encoding="utf-8")
-    rows = csv.DictReader((line for line in text.splitlines() if not line.startswith("#")), delimiter="\t")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    rows = csv.DictReader(lines, delimiter="\t")
     numbers = ("parameters", "multiply_adds", "ok")
     return tuple({k: int(v or 0) if k in numbers else v for k, v in row.items()} for row in rows)
 
@@ -38,24 +38,32 @@ def _native_row(name):
     "What the registry and one build without values say of an encoder"
     entry = encoders[name]
     key = (name, entry["encoder"], repr(entry.get("params")))  # a name may be registered again
-    if key not in _native:
-        row = {"name": name, "module": entry["encoder"].__module__.rpartition(".")[2], "kind": "native"}
-        try:
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # old names are listed, too
-                encoder = get_encoder(name)
-            row |= {"parameters": sum(p.numel() for p in encoder.parameters()), "channels": ",".join(map(str, encoder.out_channels)),
-                    "strides": ",".join(str(2**i) for i, c in enumerate(encoder.out_channels) if i and c)}
-        except Exception as error: warnings.warn(f"encoder {name!r} has no numbers in the catalogue: {error}", stacklevel=3)
-        _native[key] = row
+    if key not in _native: _native[key] = _measured_row(name, entry)
     settings = entry.get("pretrained_settings", {})
-    return _native[key] | {"tags": ",".join(settings), "licences": ",".join(s.get("license") or "unknown" for s in settings.values())}
+    licences = [facts.get("license") or "unknown" for facts in settings.values()]
+    return _native[key] | {"tags": ",".join(settings), "licences": ",".join(licences)}
+
+def _measured_row(name, entry):
+    "Numbers of an encoder that is built without values"
+    row = {"name": name, "module": entry["encoder"].__module__.rpartition(".")[2], "kind": "native"}
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # old names are listed, too
+            encoder = get_encoder(name)
+    except Exception as error:
+        warnings.warn(f"encoder {name!r} has no numbers in the catalogue: {error}", stacklevel=5)
+        return row
+    channels = encoder.out_channels
+    strides = [2**level for level, width in enumerate(channels) if level and width]
+    row["parameters"] = sum(p.numel() for p in encoder.parameters())
+    return row | {"channels": ",".join(map(str, channels)), "strides": ",".join(map(str, strides))}
 
 # %% ../../nbs/encoders/90_catalog.ipynb #list
-permissive = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")  # licences that allow commercial use, by timm's names
+# licences that allow commercial use, by timm's names
+permissive = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")
 
 def list_encoders(
-    pattern: str | Sequence[str] = "*", # Pattern of names, such as "*convnext*", or several
+    pattern: str | Sequence[str] = "*", # Pattern of names, such as "*convnext*" or "tu-resnet*", or several
     pretrained: bool | None = None, # True: only with weights; False: only without; None: all
     max_params: float | None = None, # Most parameters
     max_multiply_adds: float | None = None, # Most multiply-adds
@@ -65,20 +73,36 @@ def list_encoders(
     "Find an encoder"
     import pandas as pd
     check_choice("kind", kind, [None, "native", "pyramid", "bridge"])
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    matches = lambda name: any(fnmatch(name, p.removeprefix("tu-")) for p in patterns)
-    rows = list(map(_native_row, filter(matches, list(encoders)))) if kind in (None, "native") else []
-    rows += [row | {"name": "tu-" + row["name"]} for row in sweep_rows() if matches(row["name"]) and row["ok"]]
-    rows = [_licensed(row, license) for row in rows]
-    keep = [r for r in rows if (kind is None or r["kind"] == kind) and (pretrained is None or bool(r["tags"]) == pretrained) and (license is None or r["tags"])
-            and r.get("parameters", 0) <= (max_params or math.inf) and (r.get("multiply_adds") or 0) <= (max_multiply_adds or math.inf)]
-    columns = ["name", "kind", "module", "parameters", "multiply_adds", "strides", "channels", "tags", "licences"]
-    frame = pd.DataFrame([[r.get(c) for c in columns] for r in keep], columns=columns)
+    rows = _rows_of([pattern] if isinstance(pattern, str) else list(pattern), kind)
+    rows = [_with_licences(row, license) for row in rows]
+    if license is not None: rows = [row for row in rows if row["tags"]]
+    if pretrained is not None: rows = [row for row in rows if bool(row["tags"]) == pretrained]
+    for column, most in (("parameters", max_params), ("multiply_adds", max_multiply_adds)):
+        if most is not None: rows = [row for row in rows if (row.get(column) or 0) <= most]
+    columns = ["name", "kind", "module", "parameters", "multiply_adds",
+               "strides", "channels", "tags", "licences"]
+    frame = pd.DataFrame([[row.get(column) for column in columns] for row in rows], columns=columns)
     return frame.astype({"parameters": "Int64", "multiply_adds": "Int64"})
 
-def _licensed(row, license):
+# %% ../../nbs/encoders/90_catalog.ipynb #list-steps
+def _rows_of(patterns, kind):
+    "Rows of one kind, or of all, whose names fit a pattern; timm's fit with and without `tu-`"
+    def fits(*names): return any(fnmatch(name, pattern) for name in names for pattern in patterns)
+    rows = []
+    if kind in (None, "native"):
+        rows += [_native_row(name) for name in list(encoders) if fits(name)]
+    for row in sweep_rows():
+        name = "tu-" + row["name"]
+        wanted = row["ok"] and kind in (None, row["kind"])
+        if wanted and fits(name, row["name"]): rows.append(row | {"name": name})
+    return rows
+
+def _with_licences(row, license):
     "The row with its tags and licences as lists, only those allowed"
-    pairs = list(zip(row["tags"].split(","), row["licences"].split(","))) if row["tags"] or row["licences"] else []
-    allowed = permissive if license == "permissive" else [license] if isinstance(license, str) else license
-    if allowed is not None: pairs = [(t, l) for t, l in pairs if l in allowed]
-    return row | {"tags": [t or "default" for t, _ in pairs], "licences": [l for _, l in pairs]}
+    allowed = permissive if license == "permissive" else license
+    if isinstance(allowed, str): allowed = [allowed]
+    tags, licences = row["tags"].split(","), row["licences"].split(",")
+    pairs = list(zip(tags, licences)) if row["tags"] or row["licences"] else []
+    if allowed is not None: pairs = [pair for pair in pairs if pair[1] in allowed]
+    tags, licences = [tag or "default" for tag, _ in pairs], [name for _, name in pairs]
+    return row | {"tags": tags, "licences": licences}

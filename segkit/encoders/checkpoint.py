@@ -22,11 +22,19 @@ def checkpoint_units(
     encoder: nn.Module, # Encoder, or any other network
 ) -> dict[str, nn.Module]: # Name -> block; the network itself, under the name "", where it has no blocks
     "The blocks of a network: innermost members of sequences that hold two weights or more"
-    names = {module: name for name, module in encoder.named_modules()}
-    members = (child for m in encoder.modules() if isinstance(m, containers) for child in m.children())
-    blocks = {m for m in members if not isinstance(m, containers) and sum(p.dim() > 1 for p in m.parameters()) > 1}
-    inner = [m for m in names if m in blocks and not any(part in blocks for part in m.modules() if part is not m)]
-    return {names[m]: m for m in inner} if len(inner) > 1 else {"": encoder}
+    blocks = set()
+    for sequence in encoder.modules():
+        if isinstance(sequence, containers): blocks.update(filter(_is_block, sequence.children()))
+    inner = {}
+    for name, module in encoder.named_modules():
+        _, *parts = module.modules()
+        if module in blocks and blocks.isdisjoint(parts): inner[name] = module
+    return inner if len(inner) > 1 else {"": encoder}
+
+def _is_block(module):
+    "Whether a member of a sequence holds two weights or more, and is no sequence itself"
+    if isinstance(module, containers): return False
+    return sum(p.dim() > 1 for p in module.parameters()) > 1
 
 # %% ../../nbs/encoders/80_checkpoint.ipynb #kept
 @contextmanager
@@ -34,8 +42,8 @@ def kept_statistics(
     module: nn.Module, # Module that is about to run once more
 ) -> Iterator[None]:
     "A context after which the running statistics of all norms are what they were before"
-    held = [(m, name, buffer) for m in module.modules() if getattr(m, "running_mean", None) is not None
-            for name, buffer in m.named_buffers(recurse=False)]
+    norms = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
+    held = [(m, name, buffer) for m in norms for name, buffer in m.named_buffers(recurse=False)]
     for m, name, buffer in held: setattr(m, name, buffer.clone())
     try: yield
     finally:
@@ -56,7 +64,8 @@ class Recomputed:
         run = partial(type(self.module).forward, self.module)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling(): return run(*args, **kwargs)
         args = [list(a) if isinstance(a, list) else a for a in args]
-        return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), kept_statistics(self.module)), **kwargs)
+        def contexts(): return nullcontext(), kept_statistics(self.module)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 # %% ../../nbs/encoders/80_checkpoint.ipynb #switch
 def set_checkpointing(

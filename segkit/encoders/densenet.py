@@ -24,15 +24,17 @@ class DenseNetEncoder(SequenceEncoder):
 
     def build(self, model: nn.Module, depth: int) -> None:
         super().build(model, depth)
-        if depth == 5: self.features.norm5 = nn.BatchNorm2d(self.features.norm5.num_features)  # without a ReLU
-        elif depth > 1: self.features[-1] = nn.Sequential(OrderedDict(norm=self.features[-1].norm))  # of the last transition, only the norm
+        if depth == 5:  # timm's last norm has a ReLU, SMP's has none
+            self.features.norm5 = nn.BatchNorm2d(self.features.norm5.num_features)
+        elif depth > 1:  # of the last transition, only the norm
+            self.features[-1] = nn.Sequential(OrderedDict(norm=self.features[-1].norm))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [x]
         for i, layer in enumerate(self.features):
             inside = i in self._ends and hasattr(layer, "norm")
             x = layer.norm(x) if inside else layer(x)
-            if i in self._ends: self.hand_out(features, x)
+            if i in self._ends: features.append(x)
             if len(features) > self._depth: break
             if inside: x = layer.pool(layer.conv(x))
         return features

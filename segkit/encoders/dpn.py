@@ -17,8 +17,9 @@ class DPNEncoder(SequenceEncoder):
     "[Dual Path Networks](https://arxiv.org/abs/1707.01629) (Chen et al., 2017)"
     def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Position of the layer that ends each level, finest first
         "At `conv1_1`, and at the last layer of each of the levels 2 to 5"
-        names = list(layers)
-        return [0, *(max(i for i, name in enumerate(names) if name.startswith(f"conv{level}_")) for level in (2, 3, 4, 5))]
+        levels = [name.partition("_")[0] for name in layers]
+        last = {level: i for i, level in enumerate(levels)}
+        return [0, *(last[f"conv{level}"] for level in (2, 3, 4, 5))]
 
     def tap(self, x: Tensor) -> Tensor: # Map `(b, c, h, w)`
         "Both paths, without negative values"

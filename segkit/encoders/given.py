@@ -11,11 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import nn, Tensor
 
 from ..core.geometry import resize
-from .base import EncoderMixin, probe
+from .base import EncoderMixin
+from .fit import level_size
+from .probing import probe
 
 # %% ../../nbs/encoders/81_given.ipynb #read
 class Level(NamedTuple):
@@ -30,13 +31,19 @@ def read_shape(
 ) -> Level | None: # Level and channels; None if this is not a map of such an image
     "Level, channels and order of a map's axes"
     if len(shape) != 4: return None
-    for (h, w), channels, last in ((shape[2:], shape[1], False), (shape[1:3], shape[3], True)):
-        if not (h and w): continue
-        level = max(0, round(math.log2(size[0]/h)))
-        exact = (h, w) == tuple(-(-n//2**level) for n in size)
-        near = not last and abs(math.log((h/w)/(size[0]/size[1]))) < .15 and all(.75 < n/m/2**level < 1.36 for n, m in zip(size, (h, w)))
-        if exact or near: return Level(level, channels, last)
+    _, a, b, c = shape
+    for height, width, channels, channels_last in ((b, c, a, False), (a, b, c, True)):
+        if not (height and width): continue
+        level = max(0, round(math.log2(size[0]/height)))
+        exact = (height, width) == tuple(-(-n//2**level) for n in size)
+        near = not channels_last and _is_near((height, width), size, 2**level)
+        if exact or near: return Level(level, channels, channels_last)
     return None
+
+def _is_near(cells, size, stride):
+    "Whether a map has about the image's proportions, and about the size that its stride says"
+    distortion = math.log((cells[0]/cells[1])/(size[0]/size[1]))
+    return abs(distortion) < .15 and all(.75 < n/m/stride < 1.36 for n, m in zip(size, cells))
 
 # %% ../../nbs/encoders/81_given.ipynb #arrange
 def arrange(
@@ -48,14 +55,21 @@ def arrange(
     plan = {f.level: i for i, f in enumerate(found) if f.level <= depth}
     deepest = max(plan, default=0)
     last = [i for i, f in enumerate(found) if f.level == deepest]
-    if 2 < deepest < depth and len(last) > depth - deepest: plan |= {depth - k: i for k, i in enumerate(reversed(last)) if depth - k >= deepest}
+    dilated = 2 < deepest < depth and len(last) > depth - deepest  # several maps share the last stride
+    if dilated: plan |= dict(zip(range(depth, deepest - 1, -1), reversed(last)))
     missing = [level for level in range(2, depth + 1) if level not in plan]
-    if not missing: return plan
+    if missing: raise ValueError(_holes(owner, found, depth, deepest, missing))
+    return plan
+
+def _holes(owner, found, depth, deepest, missing):
+    "Which levels have no map, and what to do"
     strides = ", ".join(str(2**f.level) for f in found)
-    if missing == list(range(deepest + 1, depth + 1)) and deepest:
-        raise ValueError(f"encoder_depth={depth}, but the maps of {owner} have strides {strides}: pass encoder_depth={deepest}")
-    raise ValueError(f"the maps of {owner} have strides {strides}, and a pyramid of depth {depth} also needs {', '.join(str(2**level) for level in missing)}. "
-                     "A timm model by its name, encoder_name='tu-<timm name>', may do better")
+    if deepest and missing == list(range(deepest + 1, depth + 1)):
+        return (f"encoder_depth={depth}, but the maps of {owner} have strides {strides}: "
+                f"pass encoder_depth={deepest}")
+    needed = ", ".join(str(2**level) for level in missing)
+    return (f"the maps of {owner} have strides {strides}, and a pyramid of depth {depth} also needs "
+            f"{needed}. A timm model by its name, encoder_name='tu-<timm name>', may do better")
 
 # %% ../../nbs/encoders/81_given.ipynb #encoder
 class ModuleEncoder(nn.Module, EncoderMixin):
@@ -67,24 +81,32 @@ class ModuleEncoder(nn.Module, EncoderMixin):
     ):
         super().__init__()
         self._classifier = hasattr(model, "forward_intermediates")
-        self.model, self._depth, self._indices = copy.deepcopy(model) if self._classifier else model, depth, None
+        self.model = copy.deepcopy(model) if self._classifier else model
+        self._depth, self._indices = depth, None
         owner = f"the {type(model).__name__} that was given"
         found = measure(self, owner, size)
         plan = arrange(owner, found, depth)
-        if self._classifier:
-            self._indices = self.model.prune_intermediate_layers(sorted(plan.values()), prune_norm=True, prune_head=True)
-            plan = {level: sorted(plan.values()).index(i) for level, i in plan.items()}
-            found = [found[i] for i in self._indices]
+        if self._classifier: found, plan = self._prune(found, plan)
         self._plan = {level: (i, found[i].channels_last) for level, i in plan.items()}
-        self._out_channels = [found[plan[i]].channels if i in plan else self._in_channels*(i == 0) for i in range(depth + 1)]
+        self.image_first = 0 not in plan
+        self._out_channels = [0]*(depth + 1)
+        for level, i in plan.items(): self._out_channels[level] = found[i].channels
+        if self.image_first: self._out_channels[0] = self._in_channels
         deepest = max(found[i].level for i in plan.values())
         self._output_stride = 2**deepest if deepest < depth else max(32, 2**depth)
+
+    def _prune(self, found, plan):
+        "Keep what the maps of the plan need; what was found and the plan, numbered anew"
+        wanted = sorted(plan.values())
+        self._indices = self.model.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
+        return [found[i] for i in self._indices], {level: wanted.index(i) for level, i in plan.items()}
 
     def maps(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # The module's own maps
         "What the module returns"
-        if self._classifier: return self.model.forward_intermediates(x, indices=self._indices, intermediates_only=True)
+        if self._classifier:
+            return self.model.forward_intermediates(x, indices=self._indices, intermediates_only=True)
         maps = self.model(x)
         return list(maps.values()) if isinstance(maps, Mapping) else maps
 
@@ -93,12 +115,13 @@ class ModuleEncoder(nn.Module, EncoderMixin):
     ) -> list[Tensor]: # `depth + 1` maps, finest first
         maps, features = self.maps(x), []
         for level in range(self._depth + 1):
-            size = [-(-n//min(2**level, self._output_stride)) for n in x.shape[-2:]]
+            size = level_size(x, min(2**level, self._output_stride))
             if level in self._plan:
                 i, channels_last = self._plan[level]
                 f = maps[i].permute(0, 3, 1, 2).contiguous() if channels_last else maps[i]
                 features.append(resize(f, size))
-            else: features.append(x if level == 0 else x.new_empty(len(x), 0, *size))
+            elif level == 0: features.append(x)
+            else: features.append(x.new_empty(x.shape[0], 0, *size))
         return features
 
 # %% ../../nbs/encoders/81_given.ipynb #measure
@@ -119,24 +142,33 @@ def measure(
     conv = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
     encoder._in_channels = conv.in_channels if conv else 3
     config = getattr(encoder.model, "pretrained_cfg", None) or {}
-    for trial in [size] if size else [(256, 320), tuple(config.get("input_size", (3, 224, 224))[1:])]:
+    own = tuple(config.get("input_size", (3, 224, 224))[1:])
+    for trial in [size] if size else [(256, 320), own]:
         try: maps, _ = probe(_Maps(encoder), trial)
         except Exception as error:  # whatever a foreign module may raise
             failed = error
             continue
         if trial != (256, 320): encoder._probe_size = trial
         return _read(maps, trial, owner)
-    raise TypeError(f"{owner} is not an encoder: it cannot take an image (1, {encoder._in_channels}, {trial[0]}, {trial[1]}): {type(failed).__name__}: {failed} "
-                    "If it takes one size only, name it: ModuleEncoder(module, size=(height, width))") from failed
+    shape = (1, encoder._in_channels, *trial)
+    raise TypeError(f"{owner} is not an encoder: it cannot take an image {shape}: "
+                    f"{type(failed).__name__}: {failed} If it takes one size only, name it: "
+                    "ModuleEncoder(module, size=(height, width))") from failed
 
 # %% ../../nbs/encoders/81_given.ipynb #read-maps
+_ADVICE = ("an encoder returns a list of feature maps, one for each stride "
+           "(timm: features_only=True; torchvision: create_feature_extractor)")
+
 def _read(maps, size, owner):
     "Levels of what a module returned"
-    advice = "an encoder returns a list of feature maps, one for each stride (timm: features_only=True; torchvision: create_feature_extractor)"
-    if not isinstance(maps, (list, tuple)): raise TypeError(f"{owner} is not an encoder: it returned {type(maps).__name__}; {advice}")
-    found = [read_shape(f.shape, size) if isinstance(f, Tensor) else None for f in maps]
-    for i, f in enumerate(found):
-        if f is None:
-            got = tuple(maps[i].shape) if isinstance(maps[i], Tensor) else type(maps[i]).__name__
-            raise ValueError(f"map {i} of {owner} is {got} for an image of {size[0]} x {size[1]}, which is not a map with a stride of 1, 2, 4, 8, ...; {advice}")
+    if not isinstance(maps, (list, tuple)):
+        raise TypeError(f"{owner} is not an encoder: it returned {type(maps).__name__}; {_ADVICE}")
+    found = []
+    for i, f in enumerate(maps):
+        level = read_shape(f.shape, size) if isinstance(f, Tensor) else None
+        if level is None:
+            got = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
+            raise ValueError(f"map {i} of {owner} is {got} for an image of {size[0]} x {size[1]}, which "
+                             f"is not a map with a stride of 1, 2, 4, 8, ...; {_ADVICE}")
+        found.append(level)
     return found

@@ -38,8 +38,11 @@ class InceptionV4Encoder(SequenceEncoder):
 class InceptionResNetV2Encoder(NativeEncoder):
     "[Inception-ResNet-v2](https://arxiv.org/abs/1602.07261) (Szegedy et al., 2016)"
     dilatable = False
-    chain = (("conv2d_1a", "conv2d_2a", "conv2d_2b"), ("maxpool_3a", "conv2d_3b", "conv2d_4a"), ("maxpool_5a", "mixed_5b", "repeat"),
-             ("mixed_6a", "repeat_1"), ("mixed_7a", "repeat_2", "block8", "conv2d_7b"))
+    chain = (("conv2d_1a", "conv2d_2a", "conv2d_2b"),
+             ("maxpool_3a", "conv2d_3b", "conv2d_4a"),
+             ("maxpool_5a", "mixed_5b", "repeat"),
+             ("mixed_6a", "repeat_1"),
+             ("mixed_7a", "repeat_2", "block8", "conv2d_7b"))
 
     def build(self, model: nn.Module, depth: int) -> None:
         pad_small_kernels(model)
@@ -49,7 +52,8 @@ class InceptionResNetV2Encoder(NativeEncoder):
 class XceptionEncoder(NativeEncoder):
     "[Xception](https://arxiv.org/abs/1610.02357) (Chollet, 2016)"
     dilatable = False
-    chain = (("conv1", "bn1", "act1", "conv2", "bn2", "act2"), ("block1",), ("block2",), tuple(f"block{i}" for i in range(3, 12)),
+    chain = (("conv1", "bn1", "act1", "conv2", "bn2", "act2"), ("block1",), ("block2",),
+             tuple(f"block{i}" for i in range(3, 12)),
              ("block12", "conv3", "bn3", "act3", "conv4", "bn4"))
 
     def build(self, model: nn.Module, depth: int) -> None:
@@ -59,8 +63,13 @@ class XceptionEncoder(NativeEncoder):
 # %% ../../nbs/encoders/09_inception.ipynb #variants
 for _cls, _name, _timm_name, _channels, _revisions in [
     (InceptionResNetV2Encoder, "inceptionresnetv2", "inception_resnet_v2", (3, 64, 192, 320, 1088, 1536),
-     {"imagenet": "120c5afdbb80a1c989db0a7423ebb7a9db9b1e6c", "imagenet+background": "3ecf3491658dc0f6a76d69c9d1cb36511b1ee56c"}),
+     {"imagenet": "120c5afdbb80a1c989db0a7423ebb7a9db9b1e6c",
+      "imagenet+background": "3ecf3491658dc0f6a76d69c9d1cb36511b1ee56c"}),
     (InceptionV4Encoder, "inceptionv4", "inception_v4", (3, 64, 192, 384, 1024, 1536),
-     {"imagenet": "918fb54f07811d82a4ecde3a51156041d0facba9", "imagenet+background": "8c2a48e20d2709ee64f8421c61be309f05bfa536"}),
-    (XceptionEncoder, "xception", "legacy_xception", (3, 64, 128, 256, 728, 2048), {"imagenet": "01cfaf27c11353b1f0c578e7e26d2c000ea91049"}),
-]: register_native(_cls, _name, _channels, smp_weights(_name, _revisions, **dict.fromkeys(_revisions, half_stats)), timm_name=_timm_name)
+     {"imagenet": "918fb54f07811d82a4ecde3a51156041d0facba9",
+      "imagenet+background": "8c2a48e20d2709ee64f8421c61be309f05bfa536"}),
+    (XceptionEncoder, "xception", "legacy_xception", (3, 64, 128, 256, 728, 2048),
+     {"imagenet": "01cfaf27c11353b1f0c578e7e26d2c000ea91049"}),
+]:
+    _weights = smp_weights(_name, _revisions, **dict.fromkeys(_revisions, half_stats))
+    register_native(_cls, _name, _channels, _weights, timm_name=_timm_name)

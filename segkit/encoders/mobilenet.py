@@ -11,13 +11,13 @@ from torch import nn, Tensor
 
 from ..core.registry import encoders
 from .base import EncoderMixin
-from .efficientnet import fan_out
-from .native import smp_weights
+from .native import check_depth, fan_out, smp_weights
 
 # %% ../../nbs/encoders/12_mobilenet.ipynb #block
 def _conv_norm_relu6(in_channels, out_channels, kernel_size, stride=1, groups=1):
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size//2, groups=groups, bias=False),
-                         nn.BatchNorm2d(out_channels), nn.ReLU6(inplace=True))
+    "What the network is made of"
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size//2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU6(inplace=True))
 
 class InvertedResidual(nn.Module):
     "Widen, look around, narrow, add [(Sandler et al., 2018)](https://arxiv.org/abs/1801.04381)"
@@ -29,9 +29,10 @@ class InvertedResidual(nn.Module):
     ):
         super().__init__()
         inside = in_channels*widening
-        widen = [_conv_norm_relu6(in_channels, inside, 1)] if widening > 1 else []
-        self.conv = nn.Sequential(*widen, _conv_norm_relu6(inside, inside, 3, stride, inside),
-                                  nn.Conv2d(inside, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        layers = [_conv_norm_relu6(in_channels, inside, 1)] if widening > 1 else []
+        layers.append(_conv_norm_relu6(inside, inside, 3, stride, inside))
+        layers += [nn.Conv2d(inside, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)]
+        self.conv = nn.Sequential(*layers)
         self.adds = stride == 1 and in_channels == out_channels
 
     def forward(self,
@@ -40,38 +41,39 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.adds else self.conv(x)
 
 # %% ../../nbs/encoders/12_mobilenet.ipynb #encoder
-v2_groups = [(1, 1, 1, 16), (2, 2, 6, 24), (3, 2, 6, 32), (4, 2, 6, 64), (3, 1, 6, 96), (3, 2, 6, 160), (1, 1, 6, 320)]  # blocks, stride, widening, channels
+v2_groups = [  # blocks, stride, widening, channels
+    (1, 1, 1, 16), (2, 2, 6, 24), (3, 2, 6, 32), (4, 2, 6, 64), (3, 1, 6, 96), (3, 2, 6, 160), (1, 1, 6, 320)]
 
 class MobileNetV2Encoder(nn.Module, EncoderMixin):
     "[MobileNetV2](https://arxiv.org/abs/1801.04381) (Sandler et al., 2018)"
-    taps = (1, 3, 6, 13, 18)
+    taps = (1, 3, 6, 13, 18)  # layers that end the levels 1 to 5
 
     def __init__(self,
         depth: int = 5, # Levels to build
     ):
         super().__init__()
-        if not 1 <= depth <= 5: raise ValueError(f"encoder_depth={depth}: MobileNetV2 has depths 1 to 5")
+        check_depth("MobileNetV2", depth, 5)
         self._depth, self._out_channels, self._made_with = depth, [3, 16, 24, 32, 96, 1280], {}
-        features = [_conv_norm_relu6(3, 32, 3, 2)]
-        previous = 32
+        layers, previous = [_conv_norm_relu6(3, 32, 3, 2)], 32
         for blocks, stride, widening, channels in v2_groups:
             for i in range(blocks):
-                features.append(InvertedResidual(previous, channels, stride if i == 0 else 1, widening))
+                layers.append(InvertedResidual(previous, channels, stride if i == 0 else 1, widening))
                 previous = channels
-        features.append(_conv_norm_relu6(320, 1280, 1))
-        self.features = nn.Sequential(*features[:self.taps[depth - 1] + 1])
+        layers.append(_conv_norm_relu6(previous, 1280, 1))
+        self.features = nn.Sequential(*layers[:self.taps[depth - 1] + 1])
         self.apply(fan_out)
 
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
         features = [x]
-        for i, feature in enumerate(self.features):
-            x = feature(x)
-            if i in self.taps: self.hand_out(features, x)
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.taps: features.append(x)
         return features
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
+        "The layers of strides 16 and 32"
         return {16: list(self.features[7:14]), 32: list(self.features[14:])}
 
 encoders.register(

@@ -13,8 +13,7 @@ from torch import nn, Tensor
 
 from ..core.registry import encoders
 from .base import EncoderMixin
-from .efficientnet import fan_out
-from .native import smp_weights
+from .native import check_depth, fan_out, smp_weights
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #block
 def _conv_norm(in_channels, out_channels, kernel_size, stride, groups):
@@ -49,10 +48,11 @@ class MobileOneBlock(nn.Module):
         squeeze: bool = False, # Weigh the channels before the activation
     ):
         super().__init__()
-        make = lambda size: _conv_norm(in_channels, out_channels, size, stride, groups)
-        self.rbr_skip = nn.BatchNorm2d(in_channels) if in_channels == out_channels and stride == 1 else None
-        self.rbr_conv = nn.ModuleList(make(kernel_size) for _ in range(branches))
-        self.rbr_scale = make(1) if kernel_size > 1 else None
+        def branch(size): return _conv_norm(in_channels, out_channels, size, stride, groups)
+        keeps = in_channels == out_channels and stride == 1
+        self.rbr_skip = nn.BatchNorm2d(in_channels) if keeps else None
+        self.rbr_conv = nn.ModuleList(branch(kernel_size) for _ in range(branches))
+        self.rbr_scale = branch(1) if kernel_size > 1 else None
         self.se = SqueezeExcite(out_channels) if squeeze else nn.Identity()
         self.reparam_conv = None  # takes the place of the branches
 
@@ -66,9 +66,11 @@ class MobileOneBlock(nn.Module):
         return self.se(y).relu()
 
     def merged(self) -> nn.Conv2d: # One convolution with the sum of the branches, as they are in evaluation mode
-        return merge_branches([(b.conv, b.bn) for b in self.rbr_conv]
-                              + ([(self.rbr_scale.conv, self.rbr_scale.bn)] if self.rbr_scale is not None else [])
-                              + ([(None, self.rbr_skip)] if self.rbr_skip is not None else []))
+        "The branches as one convolution"
+        branches = [(b.conv, b.bn) for b in self.rbr_conv]
+        if self.rbr_scale is not None: branches.append((self.rbr_scale.conv, self.rbr_scale.bn))
+        if self.rbr_skip is not None: branches.append((None, self.rbr_skip))
+        return merge_branches(branches)
 
     def reparameterize(self) -> None:
         "Replace the branches by one convolution, in place; for inference"
@@ -104,23 +106,27 @@ class MobileOneEncoder(nn.Module, EncoderMixin):
         depth: int = 5, # Levels to build
     ):
         super().__init__()
-        if not 1 <= depth <= 5: raise ValueError(f"encoder_depth={depth}: MobileOne has depths 1 to 5")
+        check_depth("MobileOne", depth, 5)
         self._made_with = dict(widths=widths, branches=branches, squeeze=squeeze)
         channels = [int(64*2**i*width) for i, width in enumerate(widths)]
         self._depth, self._out_channels = depth, [3, min(64, channels[0]), *channels]
         self.stage0 = MobileOneBlock(3, self._out_channels[1], 3, 2)
         for i, pairs in enumerate((2, 8, 10, 1)[:depth - 1]):
-            self.add_module(f"stage{i+1}", _stage(*self._out_channels[i+1:i+3], pairs, branches, squeeze[i]))
+            ends = self._out_channels[i+1:i+3]
+            self.add_module(f"stage{i+1}", _stage(*ends, pairs, branches, squeeze[i]))
         self.apply(fan_out)
 
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
         features = [x]
-        for i in range(self._depth): self.hand_out(features, x := getattr(self, f"stage{i}")(x))
+        for i in range(self._depth):
+            x = getattr(self, f"stage{i}")(x)
+            features.append(x)
         return features
 
     def first_layers(self) -> list[nn.Module]: # The branches of the first layer
+        "Each branch reads the image"
         return [m for m in self.stage0.modules() if isinstance(m, nn.Conv2d)]
 
     def reparameterize(self) -> "MobileOneEncoder": # The encoder itself
@@ -130,6 +136,7 @@ class MobileOneEncoder(nn.Module, EncoderMixin):
         return self
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
+        "The stages of strides 16 and 32"
         return {2**(i+1): [getattr(self, f"stage{i}")] for i in (3, 4) if i < self._depth}
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #variants

@@ -23,4 +23,5 @@ for _name, _timm_name, _revision in [
     ("se_resnext101_32x4d", "legacy_seresnext101_32x4d", "18808a4276f46421d358a9de554e0b93c2795df4"),
 ]:
     _channels = (3, 128 if _name == "senet154" else 64, 256, 512, 1024, 2048)
-    register_native(SENetEncoder, _name, _channels, smp_weights(_name, {"imagenet": _revision}), timm_name=_timm_name)
+    _weights = smp_weights(_name, {"imagenet": _revision})
+    register_native(SENetEncoder, _name, _channels, _weights, timm_name=_timm_name)

@@ -30,4 +30,5 @@ for _name, _revision in {
     "vgg19": "2853d00d7bca364dbb98be4d6afa347e5aeec1f6", "vgg19_bn": "f09a924cb0d201ea6f61601df9559141382271d7",
 }.items():
     # the classifier, most of the paper's network, is thrown away: make it as small as timm allows
-    register_native(VGGEncoder, _name, (64, 128, 256, 512, 512, 512), smp_weights(_name, {"imagenet": _revision}), num_classes=0, mlp_ratio=1/4096)
+    register_native(VGGEncoder, _name, (64, 128, 256, 512, 512, 512), smp_weights(_name, {"imagenet": _revision}),
+                    num_classes=0, mlp_ratio=1/4096)

@@ -18,17 +18,22 @@ from ..core.registry import UnknownName, nearest
 # %% ../../nbs/encoders/01_weights.ipynb #from-settings
 def _fetch_tag(owner: str, tag: str, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     "State dict of one tag"
+    repository, url = settings.get("repo_id"), settings.get("url")
+    if not (repository or url):
+        raise ValueError(f"the weights {tag!r} of encoder {owner!r} name neither a 'url' nor a 'repo_id' "
+                         "in their pretrained_settings")
+    file = settings.get("filename", "model.safetensors")
+    wanted = f"{file} of {repository} on the Hugging Face Hub" if repository else url
     try:
-        if "repo_id" in settings:
-            from huggingface_hub import hf_hub_download
-            wanted = f"{settings.get('filename', 'model.safetensors')} of {settings['repo_id']} on the Hugging Face Hub"
-            path = hf_hub_download(settings["repo_id"], settings.get("filename", "model.safetensors"), revision=settings.get("revision"))
-        elif settings.get("url"):
-            wanted = settings["url"]
-            path = fetch(settings["url"], settings.get("sha256"))
-        else: raise ValueError(f"the weights {tag!r} of encoder {owner!r} name neither a 'url' nor a 'repo_id' in their pretrained_settings")
-    except OSError as error: raise OSError(offline_help(owner, wanted, "repo_id" in settings)) from error
+        if repository: path = _fetch_from_hub(repository, file, settings.get("revision"))
+        else: path = fetch(url, settings.get("sha256"))
+    except OSError as error: raise OSError(offline_help(owner, wanted, bool(repository))) from error
     return read_state_dict(path)
+
+def _fetch_from_hub(repository, file, revision):
+    "Path of a file of the Hugging Face Hub"
+    from huggingface_hub import hf_hub_download
+    return hf_hub_download(repository, file, revision=revision)
 
 def offline_help(
     owner: str, # Name of the encoder
@@ -39,8 +44,9 @@ def offline_help(
     if from_hub:
         from huggingface_hub.constants import HF_HUB_CACHE as cache
     else: cache = cache_folder()/"weights"
-    return (f"the weights of encoder {owner!r} could not be fetched. Wanted: {wanted}. Looked in the cache {str(cache)!r} first. "
-            "Without a network, pass a local file: encoder_weights='path/to/model.safetensors' (or .pth); None starts from random weights")
+    return (f"the weights of encoder {owner!r} could not be fetched. Wanted: {wanted}. "
+            f"Looked in the cache {str(cache)!r} first. Without a network, pass a local file: "
+            "encoder_weights='path/to/model.safetensors' (or .pth); None starts from random weights")
 
 # %% ../../nbs/encoders/01_weights.ipynb #resolve
 def resolve_weights(
@@ -53,13 +59,16 @@ def resolve_weights(
     if isinstance(weights, Mapping): return dict(weights)
     if callable(weights): return dict(weights())
     if weights is True:
-        if not settings: raise ValueError(f"encoder {owner!r} offers no weights; pass encoder_weights=None, a file or a state dict")
+        if not settings:
+            raise ValueError(f"encoder {owner!r} offers no weights; "
+                             "pass encoder_weights=None, a file or a state dict")
         weights = next(iter(settings))
-    if isinstance(weights, str) and weights in settings: return _fetch_tag(owner, weights, settings[weights])
+    if isinstance(weights, str) and weights in settings:
+        return _fetch_tag(owner, weights, settings[weights])
     if is_weights_file(weights): return read_state_dict(weights)
-    if not isinstance(weights, str):
-        raise TypeError(f"encoder_weights={weights!r}: expected None, a bool, a tag, a file, a state dict or a function that returns one")
-    raise UnknownName(unknown_tag(owner, weights, settings))
+    if isinstance(weights, str): raise UnknownName(unknown_tag(owner, weights, settings))
+    raise TypeError(f"encoder_weights={weights!r}: expected None, a bool, a tag, a file, "
+                    "a state dict or a function that returns one")
 
 def unknown_tag(
     owner: str, # Name of the encoder
@@ -67,10 +76,14 @@ def unknown_tag(
     tags: Iterable[str], # Tags that there are
 ) -> str: # Text for an error
     "Which tags there are"
-    tags = list(tags)
-    if not tags: return f"encoder {owner!r} offers no weights, so {tag!r} stands for nothing; pass encoder_weights=None, a file ({', '.join(WEIGHT_SUFFIXES)}) or a state dict"
-    hint = f"; did you mean {close[0]!r}?" if (close := nearest(tag, tags, n=1)) else ""
-    return f"encoder {owner!r} has no weights {tag!r}{hint or '.'} Its tags: {', '.join(map(repr, tags))}. A file ends in {', '.join(WEIGHT_SUFFIXES)}"
+    tags, suffixes = list(tags), ", ".join(WEIGHT_SUFFIXES)
+    if not tags:
+        return (f"encoder {owner!r} offers no weights, so {tag!r} stands for nothing; "
+                f"pass encoder_weights=None, a file ({suffixes}) or a state dict")
+    close = nearest(tag, tags, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    known = ", ".join(map(repr, tags))
+    return f"encoder {owner!r} has no weights {tag!r}{hint} Its tags: {known}. A file ends in {suffixes}"
 
 # %% ../../nbs/encoders/01_weights.ipynb #load
 def load_weights(
@@ -86,28 +99,39 @@ def load_weights(
     own = encoder.state_dict()
     state = state | _respelt(state, own)
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    wrong = [f"{k}: {tuple(state[k].shape)} given, {tuple(own[k].shape)} expected" for k in own if k in state and state[k].shape != own[k].shape]
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
     if missing or wrong: raise ValueError(_misfit(owner, state, own, missing, wrong))
     encoder.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
     return True
 
 def _respelt(state, own):
-    "Tensors whose name differs in dots, underscores or a leading `model.` or `body.` only, under the names that are wanted"
-    spell = lambda k: k.removeprefix("model.").removeprefix("body.").replace("_", ".")
-    lost, spare = ({} for _ in range(2))
-    for names, found in (((k for k in own if k not in state), lost), ((k for k in state if k not in own), spare)):
-        for k in names: found.setdefault(spell(k), []).append(k)
-    return {names[0]: state[spare[key][0]] for key, names in lost.items() if len(names) == 1 and len(spare.get(key, [])) == 1}
+    "Tensors whose names differ in spelling only, under the names that are wanted"
+    lost, spare = _by_spelling(set(own) - set(state)), _by_spelling(set(state) - set(own))
+    return {lost[key]: state[spare[key]] for key in lost if key in spare}
 
+def _by_spelling(names):
+    "Name without dots, underscores and a leading `model.` or `body.` -> the one name that is spelt so"
+    found: dict[str, list[str]] = {}
+    for name in names:
+        key = name.removeprefix("model.").removeprefix("body.").replace("_", ".")
+        found.setdefault(key, []).append(name)
+    return {key: names[0] for key, names in found.items() if len(names) == 1}
+
+# %% ../../nbs/encoders/01_weights.ipynb #misfit
 def _misfit(owner, state, own, missing, wrong):
     "Why a state dict does not fit"
     fits = sum(k in state and state[k].shape == t.shape for k, t in own.items())
     text = f"these weights do not fit encoder {owner!r}: {fits} of its {len(own)} tensors match"
-    if wrong: text += f". Of another shape: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
+    shapes = [f"{k}: {tuple(state[k].shape)} given, {tuple(own[k].shape)} expected" for k in wrong]
+    if shapes: text += f". Of another shape: {_first_three(shapes, '; ')}"
     if missing:
         spare = [k for k in state if k not in own]
-        text += f". Missing: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; given and not known: {', '.join(spare[:3]) or 'none'}{' ...' if len(spare) > 3 else ''}"
+        text += f". Missing: {_first_three(missing)}; given and not known: {_first_three(spare) or 'none'}"
     return text
+
+def _first_three(names, between=", "):
+    "Enough to see what is meant"
+    return between.join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 # %% ../../nbs/encoders/01_weights.ipynb #tags
 def timm_tags(
@@ -115,7 +139,8 @@ def timm_tags(
 ) -> list[str]: # Tags, without the name
     "Tags of the weights that timm has for a model; needs no network"
     from timm.models import list_pretrained
-    return [full.partition(".")[2] for full in list_pretrained(f"{name.partition('.')[0]}.*")]
+    bare = name.partition(".")[0]
+    return [full.partition(".")[2] for full in list_pretrained(f"{bare}.*")]
 
 def with_tag(
     name: str, # What the user wrote, or the name of a timm model
@@ -123,6 +148,9 @@ def with_tag(
 ) -> tuple[str, Any]: # The timm name with the tag in it and True, if `weights` is a tag; otherwise both as they were
     "Move a tag from `encoder_weights` into the name"
     from timm.models import is_model
-    if not isinstance(weights, str) or weights == "imagenet" or is_weights_file(weights) or not is_model(name): return name, weights
-    if weights not in (tags := timm_tags(name)): raise UnknownName(unknown_tag(f"tu-{name}", weights, ["imagenet", *tags] if tags else []))
+    is_tag = isinstance(weights, str) and weights != "imagenet" and not is_weights_file(weights)
+    if not is_tag or not is_model(name): return name, weights
+    tags = timm_tags(name)
+    if weights not in tags:
+        raise UnknownName(unknown_tag(f"tu-{name}", weights, ["imagenet", *tags] if tags else []))
     return f"{name.partition('.')[0]}.{weights}", True

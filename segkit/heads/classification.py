@@ -25,10 +25,15 @@ class ClassificationHead(nn.Sequential):
         activation: str | Callable | None = None, # Activation after the linear layer; None returns logits
     ):
         check_choice("pooling", pooling, ["avg", "max"])
-        if not isinstance(classes, int) or classes < 1: raise ValueError(f"classes={classes!r} of the classification head: expected a whole number from 1 on")
-        if dropout and not 0 < dropout < 1: raise ValueError(f"dropout={dropout}: expected a probability below 1, or None")
-        super().__init__(nn.AdaptiveAvgPool2d(1) if pooling == "avg" else nn.AdaptiveMaxPool2d(1), nn.Flatten(),
-                         nn.Dropout(dropout) if dropout else nn.Identity(), nn.Linear(in_channels, classes), Activation(activation))
+        if not isinstance(classes, int) or classes < 1:
+            raise ValueError(f"classes={classes!r} of the classification head: "
+                             "expected a whole number from 1 on")
+        if dropout and not 0 < dropout < 1:
+            raise ValueError(f"dropout={dropout}: expected a probability below 1, or None")
+        pool = nn.AdaptiveAvgPool2d(1) if pooling == "avg" else nn.AdaptiveMaxPool2d(1)
+        drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        linear = nn.Linear(in_channels, classes)
+        super().__init__(pool, nn.Flatten(), drop, linear, Activation(activation))
 
     @classmethod
     def from_params(cls,
@@ -37,7 +42,11 @@ class ClassificationHead(nn.Sequential):
     ) -> "ClassificationHead | None": # The head, or None
         "Build the head that `aux_params` describes"
         if aux_params is None: return None
-        if not isinstance(aux_params, Mapping): raise TypeError(f"aux_params={aux_params!r}: expected a dict such as {{'classes': 4, 'pooling': 'avg', 'dropout': 0.2}}")
+        if not isinstance(aux_params, Mapping):
+            raise TypeError(f"aux_params={aux_params!r}: expected a dict such as "
+                            "{'classes': 4, 'pooling': 'avg', 'dropout': 0.2}")
         check_keywords("aux_params", aux_params, ["classes", "pooling", "dropout", "activation"])
-        if "classes" not in aux_params: raise ValueError(f"aux_params={dict(aux_params)!r} does not say how many labels there are: add 'classes'")
+        if "classes" not in aux_params:
+            raise ValueError(f"aux_params={dict(aux_params)!r} does not say how many labels there are: "
+                             "add 'classes'")
         return cls(in_channels, **aux_params)

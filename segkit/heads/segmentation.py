@@ -22,9 +22,13 @@ class SegmentationHead(nn.Sequential):
         activation: str | Callable | None = None, # Activation after the enlargement; None returns logits
         upsampling: int = 1, # Factor of the enlargement
     ):
-        if not isinstance(out_channels, int) or out_channels < 1: raise ValueError(f"classes={out_channels!r}: expected a whole number from 1 on; 1 means a binary mask")
+        if not isinstance(out_channels, int) or out_channels < 1:
+            raise ValueError(f"classes={out_channels!r}: expected a whole number from 1 on; "
+                             "1 means a binary mask")
         if upsampling < 1: raise ValueError(f"upsampling={upsampling}: expected 1 or more")
-        super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size//2),
-                         nn.Upsample(scale_factor=upsampling, mode="bilinear", align_corners=True) if upsampling > 1 else nn.Identity(),
-                         Activation(activation))
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size//2)
+        enlarge = nn.Identity()
+        if upsampling > 1:
+            enlarge = nn.Upsample(scale_factor=upsampling, mode="bilinear", align_corners=True)
+        super().__init__(conv, enlarge, Activation(activation))
         self.upsampling = upsampling

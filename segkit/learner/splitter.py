@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from ..encoders.base import parameter_stages
+from ..encoders.probing import parameter_stages
 
 # %% ../../nbs/learner/00_splitter.ipynb #check
 def check_groups(
