@@ -10,7 +10,6 @@ from . import learner as learner
 from . import losses as losses
 from . import metrics as metrics
 from . import model as model
-from . import speed as speed
 from .core.init import skip_init as skip_init
 from .model.create import MODEL_ARCHITECTURES_MAPPING as MODEL_ARCHITECTURES_MAPPING
 from .model.create import create_model as create_model

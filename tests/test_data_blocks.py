@@ -17,13 +17,12 @@ from PIL import Image
 from torch import nn
 
 import segkit
-from segkit.data import MaskDataLoaders, SegmentationBlocks, data_statistics
+from segkit.data import MaskDataLoaders, SegmentationBlocks, data_statistics, shims
 from segkit.data.blocks import VOID, TensorChannels, TensorVoidMask, read_array
-from segkit.data import shims
 from segkit.learner import MaskScore, segmentation_learner
 
 torch.set_num_threads(1)
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{hidden.message}") for hidden in shims.HIDDEN.values()]
 CODES = ["ground", "square", "edge"]
 SMALL = dict(encoder_name="resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8))
 

@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import tarfile
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,15 +13,15 @@ from fastai.vision.augment import RandomCrop, RandomResizedCropGPU
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 
-from segkit.data import MaskDataLoaders, camvid_dataloaders, data_statistics, pets_dataloaders
 from segkit.core.archive import Archive, download
+from segkit.data import MaskDataLoaders, camvid_dataloaders, data_statistics, pets_dataloaders, shims
 from segkit.data.camvid import CAMVID, camvid_table
+from segkit.data.loaders import read_codes
 from segkit.data.pets import PETS, pets_table
-from segkit.data import shims
 from segkit.learner import segmentation_learner
 
 torch.set_num_threads(1)
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{hidden.message}") for hidden in shims.HIDDEN.values()]
 SMALL = dict(encoder_name="resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8))
 LOCAL = dict(num_workers=0, device="cpu")
 
@@ -105,7 +106,7 @@ def test_pets_split_is_that_of_the_published_number(pets):
 
 @pytest.mark.parametrize("border, expected", [("pet", [0, 1, 0, 1]), ("void", [0, 1, 0, 255]), ("class", [0, 1, 0, 2])])
 def test_pets_borders(pets, border, expected):
-    dls = pets_dataloaders(pets, "breed", border, size=(20, 24), bs=4, **LOCAL)
+    dls = pets_dataloaders(pets, "breed", (20, 24), 4, border, **LOCAL)
     _, mask, label = dls[2].one_batch()
     raw = np.stack([np.array(Image.open(pets/"annotations/trimaps"/f"{n}.png")) for n in ("Birman_22", "saint_bernard_23", "Birman_24", "saint_bernard_25")])
     assert np.array_equal(mask.numpy(), np.array(expected)[raw])
@@ -197,3 +198,48 @@ def test_a_csv_written_by_hand(pets, tmp_path):
     dls = MaskDataLoaders.from_csv(tmp_path, image_col="image", mask_col="mask", codes=["pet"], values={2: 0, 1: 1, 3: 1}, label_col="breed", valid_col="is_valid",
                                    bs=4, **LOCAL)
     assert [dls.train.n, dls.valid.n] == [23, 3] and list(dls.vocab) == ["Birman", "Saint Bernard"]
+
+# folders
+
+FIGURE = np.kron(np.array([[0, 1], [1, 0]], np.uint8), np.ones((16, 16), np.uint8))
+
+@pytest.fixture
+def folders(tmp_path):
+    "Four pictures with masks of their names, and two classes"
+    for place in ("images", "masks"): (tmp_path/place).mkdir()
+    for name in ("quay", "pier", "lock", "weir"):
+        Image.fromarray(np.stack([100*FIGURE]*3, -1)).save(tmp_path/f"images/{name}.png")
+        Image.fromarray(FIGURE).save(tmp_path/f"masks/{name}.png")
+    (tmp_path/"codes.txt").write_text("ground\nfigure\n")
+    return tmp_path
+
+def from_folder(folder, **kwargs): return MaskDataLoaders.from_folder(folder, seed=0, valid_pct=.5, bs=1, **LOCAL, **kwargs)
+
+@pytest.mark.parametrize("text", [b"traffic light\nroad marking\n", b"\xef\xbb\xbftraffic light\r\nroad marking", b"traffic light \n\nroad marking\n\n"])
+def test_codes_are_one_a_line(tmp_path, text):
+    (tmp_path/"codes.txt").write_bytes(text)
+    assert read_codes(tmp_path) == ["traffic light", "road marking"]
+
+def test_two_masks_for_a_picture_are_named(folders):
+    Image.fromarray(1 - FIGURE).save(folders/"masks/pier.tif")
+    with pytest.raises(ValueError, match=r"pier\.png: more than one file may be its mask, .*pier\.png, .*pier\.tif"): from_folder(folders)
+
+def test_two_pictures_with_one_mask_are_named(folders):
+    Image.open(folders/"images/pier.png").save(folders/"images/pier.jpg")
+    with pytest.raises(ValueError, match=r"pier\.jpg and .*pier\.png differ in their endings alone"): from_folder(folders)
+
+def test_what_is_no_picture_is_no_mask(folders):
+    for ending in ("txt", "svg", "json"): (folders/f"masks/pier.{ending}").write_text("notes")
+    loaders = from_folder(folders)
+    for dl in loaders.loaders:
+        for _, mask in dl: assert mask.unique().tolist() == [0, 1]
+
+def test_an_exported_learner_has_no_names_of_files(folders, tmp_path):
+    learn = segmentation_learner(from_folder(folders), "Unet", path=tmp_path, **SMALL)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda *_: None
+    learn.fit(1)
+    learn.export("folder.pkl")
+    with zipfile.ZipFile(tmp_path/"folder.pkl") as file: content = b"".join(file.read(name) for name in file.namelist())
+    assert not [name for name in ("quay", "pier", "lock.", "weir") if name.encode() in content]
+    assert load_learner(tmp_path/"folder.pkl").predict(folders/"images/quay.png")[1].shape == (32, 32)

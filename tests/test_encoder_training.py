@@ -26,7 +26,7 @@ FAMILIES = {  # encoder -> architecture, so that most decoders are met on the wa
 @pytest.fixture(scope="module")
 def batch():
     torch.manual_seed(0)
-    dls = brain_dataloaders(bs=4, size=48, labels=False, degraded=False)
+    dls = brain_dataloaders(bs=4, size=48, labels=None, degraded=False)
     image, mask = (t.as_subclass(torch.Tensor).cpu() for t in dls.train.one_batch())
     return F.interpolate(image, (64, 64)), F.interpolate(mask[:, None].float(), (64, 64)).long()[:, 0]
 

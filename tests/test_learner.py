@@ -2,15 +2,15 @@
 import os
 import random
 import signal
+from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
@@ -29,7 +29,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from segkit.core.registry import architectures
-from segkit.data import shapes_dataloaders
+from segkit.data import shapes_dataloaders, shims
+from segkit.data.targets import Targets, check_items, read_targets
 from segkit.decoders import Unet
 from segkit.learner import (
     EMA,
@@ -37,20 +38,16 @@ from segkit.learner import (
     MaskScore,
     SegmentationInterpretation,
     SegmentationLearner,
-    Targets,
-    check_items,
     default_loss,
     label_metric,
     mask_metric,
-    read_targets,
     segmentation_learner,
     segmentation_splitter,
-    shims,  # first: it filters the warnings of fastai's import
 )
 from segkit.losses import MultiTaskLoss
 
 torch.set_num_threads(1)
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]  # pytest sets all filters anew
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{hidden.message}") for hidden in shims.HIDDEN.values()]  # pytest sets all filters anew
 CODES, LABELS = ["ground", "square", "edge"], ["odd", "even"]
 SMALL = dict(encoder_name="resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(32, 16, 8))
 
@@ -141,6 +138,20 @@ def test_a_built_model_of_any_kind(files):
     learn.fit(1)
     assert len(learn.opt.param_lists) == 1
 
+def test_a_model_whose_encoder_is_no_pyramid(files):
+    "As models of other libraries have: the encoder stays whole, and can be frozen"
+    class Foreign(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()), nn.Conv2d(8, 3, 1)
+        def forward(self, x): return self.head(self.encoder(x))
+    learn = quiet(segmentation_learner(loaders(files, None), Foreign()))
+    learn.freeze()
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.fit(1)
+    assert [len(g) for g in learn.opt.param_lists] == [4, 2]
+    assert [torch.equal(a, b) for a, b in zip(before, learn.model.parameters())] == [True]*4 + [False]*2
+
 def test_grey_pictures_get_a_model_with_one_channel(files):
     from fastai.vision.core import PILImageBW
     dls = DataBlock([ImageBlock(PILImageBW), MaskBlock(CODES)], get_y=mask_of, splitter=IndexSplitter([4, 5])).dataloaders(files, bs=2, device="cpu")
@@ -155,14 +166,30 @@ def test_only_a_pretrained_encoder_starts_frozen(files):
     assert all(p.requires_grad for p in given.model.decoder.parameters())
     assert all(p.requires_grad for p in given.model.segmentation_head.parameters())
 
+def statistics(dls): return [(t.mean.flatten().tolist(), t.std.flatten().tolist()) for t in dls.after_batch.fs if isinstance(t, Normalize)]
+
 def test_normalisation_is_replaced_and_the_other_learner_keeps_its_own(files):
-    def statistics(learn): return [t.mean.flatten().tolist() for t in learn.dls.after_batch.fs if isinstance(t, Normalize)]
+    pretrained = SMALL | dict(encoder_weights=Unet(**SMALL).encoder.state_dict())
     dls = loaders(files, None, batch_tfms=Normalize.from_stats([.5]*3, [.5]*3, cuda=False))
-    learn = segmentation_learner(dls, "Unet", **SMALL)
-    assert np.allclose(statistics(learn), [[.485, .456, .406]])
-    assert np.allclose(statistics(SimpleNamespace(dls=dls)), [[.5]*3])
-    assert np.allclose(statistics(segmentation_learner(dls, "Unet", normalize=False, **SMALL)), [[.5]*3])
-    assert segmentation_learner(learn.dls, "Unet", **SMALL).dls is learn.dls  # the same statistics again: nothing to do
+    learn = segmentation_learner(dls, "Unet", **pretrained)
+    assert np.allclose(statistics(learn.dls)[0], [[.485, .456, .406], [.229, .224, .225]])
+    assert np.allclose(statistics(dls), [[[.5]*3]*2])
+    assert np.allclose(statistics(segmentation_learner(dls, "Unet", normalize=False, **pretrained).dls), [[[.5]*3]*2])
+    assert segmentation_learner(learn.dls, "Unet", **pretrained).dls is learn.dls  # the same statistics again: nothing to do
+
+def test_without_weights_the_statistics_are_those_of_the_data(files):
+    learn = segmentation_learner(loaders(files, None), "Unet", **SMALL)
+    pixels = np.concatenate([np.array(Image.open(f)).reshape(-1, 3) for f in files[:4]])/255  # the training pictures
+    assert np.allclose(statistics(learn.dls), [[pixels.mean(0), pixels.std(0)]], atol=1e-6)
+    dls = loaders(files, None, batch_tfms=Normalize.from_stats([.5]*3, [.5]*3, cuda=False))
+    assert segmentation_learner(dls, "Unet", **SMALL).dls is dls  # the data said how
+
+def test_unknown_weights_are_an_error(files):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    class Model(smp.Unet):  # one that does not look at the name
+        def __init__(self, encoder_weights, **kwargs): super().__init__(encoder_weights=None, **kwargs)
+    for arch in ("Unet", Model):
+        with pytest.raises((KeyError, ValueError), match="misspelt"): segmentation_learner(loaders(files, None), arch, **SMALL | dict(encoder_weights="misspelt"))
 
 # training
 
@@ -392,6 +419,25 @@ def test_binary_masks_have_one_logit(tmp_path):
     learn.show_results()
     assert learn.predict(files[0])[1].shape == (32, 32)
 
+def test_a_probability_of_a_half_is_a_yes_everywhere(tmp_path):
+    files = write(tmp_path)
+    for path in files: Image.fromarray(np.ones((32, 32), np.uint8)).save(mask_of(path))
+    class Zero(nn.Conv2d):
+        def forward(self, x): return 0*super().forward(x)
+    learn = quiet(segmentation_learner(loaders(files, None, mask=MaskBlock(["no", "yes"])), Zero(3, 1, 1), classes=1))
+    decided = [learn.predict(files[0])[1], learn.predict_tiled(files[0], tile=16), learn.loss_func.decodes(learn.tta()[0]), learn.get_preds(with_decoded=True)[2]]
+    assert all((mask == 1).all() for mask in decided)
+    assert learn.evaluate()["mask_miou"] == 1 and SegmentationInterpretation.from_learner(learn).confusion_matrix()[1, 0] == 0
+
+def test_the_threshold_of_the_loss_holds_in_tiles_too(tmp_path):
+    files = write(tmp_path)
+    for path in files: Image.fromarray(np.ones((32, 32), np.uint8)).save(mask_of(path))
+    dls = loaders(files, None, mask=MaskBlock(["no", "yes"]))
+    learn = quiet(segmentation_learner(dls, nn.Conv2d(3, 1, 1), classes=1, loss_func=MultiTaskLoss(nn.BCEWithLogitsLoss(), mask_mode="binary", threshold=.7)))
+    probs = learn.predict(files[0])[2]
+    for views in (None, "flip"):
+        assert torch.equal(learn.predict_tiled(files[0], tile=16, overlap=0, views=views).long(), (probs[0] >= .7).long())
+
 def test_multilabel_masks(files):
     learn = quiet(segmentation_learner(loaders(files, None, mask=TransformBlock(type_tfms=MaskStack.create)), "Unet", **SMALL))
     assert learn.task.mask == "multilabel" and learn.task.classes == 2
@@ -526,10 +572,58 @@ def test_a_killed_run_resumes_to_the_same_losses(files, tmp_path):
     assert all(torch.equal(v, same[k]) for k, v in weights.items())
     assert not (tmp_path/"killed/models/run.ckpt").exists()
 
+class Steps(Callback):
+    "The weights after every step"
+    order = 200
+    def before_fit(self): self.weights = []
+    def after_step(self): self.weights.append([p.detach().clone() for p in self.learn.model.parameters()])
+
 def test_average_of_weights(learn):
-    learn.fit(2, cbs=EMA(.5))
-    assert np.isfinite(learn.recorder.values[-1]).all()
-    learn.fit(1)
+    learn.fit(2, 1e-2, cbs=[EMA(.6), steps := Steps()])
+    average = steps.weights[0]
+    for weights in steps.weights[1:]: average = [.6*a + .4*w for a, w in zip(average, weights)]
+    for p, a in zip(learn.model.parameters(), average): assert torch.allclose(p, a, atol=1e-6)
+    assert any((p - w).abs().max() > 1e-4 for p, w in zip(learn.model.parameters(), steps.weights[-1]))
+    score = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))["mask_miou"]
+    assert learn.evaluate()["mask_miou"] == pytest.approx(score)  # what was scored is what was kept
+
+ENDS = [KeyboardInterrupt, RuntimeError, CancelEpochException, CancelFitException]
+
+@pytest.mark.parametrize("training, error", [*((t, e) for t in (False, True) for e in ENDS), (False, CancelValidException), (True, CancelTrainException)])
+def test_a_run_with_averaged_weights_that_breaks_off(alone, error, training):
+    "Whatever ends it, and where: the optimiser goes on to train the learner's model"
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training == training and self.learn.epoch == 1: raise error("stop")
+    model = alone.model
+    with nullcontext() if "Cancel" in error.__name__ else pytest.raises(error): alone.fit(3, 1e-2, cbs=[EMA(.9), Stop()])
+    assert alone.model is model
+    before = [p.detach().clone() for p in model.parameters()]
+    alone.fit(1, 1e-2)
+    assert sum(not torch.equal(p, b) for p, b in zip(model.parameters(), before)) > len(before)/2
+
+def test_a_model_that_the_optimiser_does_not_know(alone):
+    alone.model = Unet(classes=3, **SMALL)
+    with pytest.raises(ValueError, match="no weight of the model"): alone.fit(1)
+
+def test_looking_changes_no_file_of_a_run(alone, files, tmp_path):
+    class Stop(Callback):
+        order = 200
+        def after_epoch(self): raise KeyboardInterrupt
+    alone.path = tmp_path
+    writers = [Checkpoint(), SaveModelCallback("mask_miou"), CSVLogger(), EMA(.5)]
+    alone.add_cbs(writers)
+    with pytest.raises(KeyboardInterrupt): alone.fit(3, 1e-2, cbs=Stop())
+    written = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    record, names, weights = list(alone.recorder.values), list(alone.recorder.metric_names), [p.clone() for p in alone.model.parameters()]
+    alone.evaluate(); alone.evaluate(metrics=[mask_metric(foreground_acc)]); alone.get_preds(); alone.predict(files[0]); alone.tta()
+    alone.show_results(); SegmentationInterpretation.from_learner(alone)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == written and len(written) == 3
+    assert alone.recorder.values == record and alone.recorder.metric_names == names
+    assert all(torch.equal(p, w) for p, w in zip(alone.model.parameters(), weights))
+    alone.logger = lambda *_: None  # fastai's `CSVLogger` leaves itself there when a fit breaks off
+    alone.fit(3, 1e-2)  # and the run goes on behind its first epoch
+    assert len(alone.recorder.values) == 3 and alone.recorder.values[0] == record[0]
 
 def test_predictions_leave_the_record_of_the_training(learn):
     learn.fit(1)

@@ -8,27 +8,14 @@ import pytest
 import segmentation_models_pytorch.losses as smp
 import torch
 import torch.nn.functional as F
+from losses_helper import data, gradient
 from torch.testing import assert_close
 
 from segkit import losses
+from segkit.core.task import MODES, Task
+from segkit.losses.base import prepare
 
 REGION = {"DiceLoss": (.5, .5), "JaccardLoss": (1., 1.), "TverskyLoss": (.5, .5), "FocalTverskyLoss": (.3, .7)}
-WITH_MODE = [*REGION, "FocalLoss", "OHEMCrossEntropyLoss"]
-MODES = ["binary", "multiclass", "multilabel"]
-
-
-def data(mode, shape=(17, 13), b=2, c=4, dtype=torch.float32, seed=0):
-    """Logits and a hard target; one class in binary mode."""
-    torch.manual_seed(seed)
-    c = 1 if mode == "binary" else c
-    target = torch.randint(c, (b, *shape)) if mode == "multiclass" else torch.randint(2, (b, c, *shape))
-    return torch.randn(b, c, *shape, dtype=dtype) * 3, target
-
-
-def gradient(loss, logits, target):
-    logits = logits.detach().clone().requires_grad_()
-    value = loss(logits, target).sum()
-    return value, torch.autograd.grad(value, logits)[0]
 
 
 def make(name, mode, **options):
@@ -186,7 +173,7 @@ def test_weights_are_buffers():
 # --- errors -------------------------------------------------------------------------------------------------------
 
 def test_imports_are_light():
-    code = ("import sys, segkit.losses as l; assert 'torch' not in sys.modules; l.DiceLoss; l.FocalLoss; "
+    code = ("import sys, segkit.losses as l; assert 'torch' not in sys.modules; l.DiceLoss; l.FocalLoss; l.LovaszLoss; l.MCCLoss; "
             "assert not {'fastai', 'timm', 'torchvision', 'scipy', 'sklearn', 'matplotlib'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
@@ -194,3 +181,33 @@ def test_imports_are_light():
 def test_lazy_names_resolve():
     for name in losses.__all__: assert getattr(losses, name) is not None
     assert not {"base", "region", "distribution"} & set(losses.__all__)
+
+
+# --- plain and closed forms ---------------------------------------------------------------------------------------
+
+def forms(name):
+    """Plain and closed form of a family's sums, as functions of a batch."""
+    from segkit.losses import distribution, ranking, region
+    if name == "region": return region.plain_sums, region.region_sums
+    if name == "lovasz":
+        share = torch.ones(1, 1, dtype=torch.float64)
+        return [lambda batch, task, f=f: f(batch, share.expand(1, batch.classes), task, ranking.Rows())
+                for f in (ranking.plain_lovasz, ranking.lovasz_losses)]
+    def plain(batch, task): return torch.stack([x.flatten(2).sum(2) for x in distribution.plain_focal(batch, 1.5, .4)])
+    def closed(batch, task): return distribution.focal_sums(batch, 1.5, .4)
+    return plain, closed
+
+
+@pytest.mark.parametrize("void", [None, 255])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["region", "focal", "lovasz"])
+def test_closed_forms_equal_the_plain_ones(name, mode, void):
+    logits, target = data(mode, (250, 211), b=3, c=5, dtype=torch.float64)  # several chunks
+    target[:, ..., :9] = 255 if void else 0
+    results = []
+    for form in forms(name):
+        x = logits.clone().requires_grad_()
+        value = form(prepare(x, target, mode, void), Task(mode))
+        weights = torch.linspace(.5, 2, value.numel(), dtype=torch.float64).view(value.shape)
+        results.append((value.detach(), torch.autograd.grad((value * weights).sum(), x)[0]))
+    assert_close(*results, rtol=1e-9, atol=1e-12)

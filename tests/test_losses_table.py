@@ -2,75 +2,20 @@
 import copy
 import math
 import pickle
-from functools import partial
-from typing import Callable, NamedTuple
 
 import pytest
 import torch
+from losses_helper import CASES, SPECS, data, gradient, make
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segkit import losses as L
 
-ALL = ("binary", "multiclass", "multilabel")
-
-
-class Spec(NamedTuple):
-    build: Callable  # called with a mode and options
-    modes: tuple = ALL
-    pixel: bool = False  # offers a value for each pixel
-    soft: bool = True  # takes targets between 0 and 1
-    weights: tuple = ("multiclass", "multilabel")  # modes with class weights
-    probabilities: bool = True  # can take probabilities in place of logits
-    loops: bool = False  # works mask by mask
-
-
-def cross_entropy(mode, **options): return L.SoftCrossEntropyLoss(**options)
-def binary_cross_entropy(mode, **options): return L.SoftBCEWithLogitsLoss(**options)
-def mcc(mode, from_logits=True, **options): return L.MCCLoss(mode=mode, from_logits=from_logits, **options)
-def total(mode, reduction="mean", **options):
-    return L.SumLoss(dice=L.DiceLoss(mode, **options), focal=L.FocalLoss(mode, **options), weights={"focal": .5}, reduction=reduction)
-
-
-SPECS = {
-    **{name: Spec(getattr(L, name)) for name in ("DiceLoss", "JaccardLoss", "TverskyLoss", "FocalTverskyLoss")},
-    "FocalLoss": Spec(L.FocalLoss, pixel=True),
-    "FocalLoss softmax": Spec(partial(L.FocalLoss, activation="softmax"), ("multiclass",), pixel=True),
-    "SoftCrossEntropyLoss": Spec(cross_entropy, ("multiclass",), pixel=True, probabilities=False),
-    "SoftBCEWithLogitsLoss": Spec(binary_cross_entropy, ("binary", "multilabel"), pixel=True, weights=(), probabilities=False),
-    "OHEMCrossEntropyLoss": Spec(L.OHEMCrossEntropyLoss, weights=("multiclass",)),
-    "LovaszLoss": Spec(L.LovaszLoss, soft=False, weights=("multiclass",)),
-    "LovaszLoss per image": Spec(partial(L.LovaszLoss, per_image=True), soft=False, weights=("multiclass",)),
-    "LovaszLoss per class": Spec(partial(L.LovaszLoss, per_class=True), ("multilabel",), soft=False),
-    "MCCLoss": Spec(mcc),
-    "BoundaryLoss": Spec(L.BoundaryLoss, pixel=True, soft=False, loops=True),
-    "SoftClDiceLoss": Spec(partial(L.SoftClDiceLoss, iterations=3)),
-    "SumLoss": Spec(total),
-}
-CASES = [(name, mode) for name, spec in SPECS.items() for mode in spec.modes]
 every = pytest.mark.parametrize("name, mode", CASES)
-
-
-def make(name, mode, **options):
-    return SPECS[name].build(mode, **options)
 
 
 def reductions(name):
     return ("mean", "sum", "none", "pixel")[:3 + SPECS[name].pixel]
-
-
-def data(mode, shape=(17, 13), b=2, c=4, dtype=torch.float32):
-    """Logits and a hard target; one class in binary mode."""
-    torch.manual_seed(0)
-    c = 1 if mode == "binary" else c
-    target = torch.randint(c, (b, *shape)) if mode == "multiclass" else torch.randint(2, (b, c, *shape))
-    return torch.randn(b, c, *shape, dtype=dtype) * 3, target
-
-
-def gradient(loss, logits, target):
-    logits = logits.detach().clone().requires_grad_()
-    value = loss(logits, target)
-    return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
 
 
 def test_the_table_holds_every_loss_of_masks():
@@ -225,6 +170,22 @@ def test_inputs_stay_and_layout_and_autocast_change_nothing(name, mode):
     for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)): assert other(logits, target) == expected[0]
 
 
+class Image(torch.Tensor): pass
+class Mask(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if Image in types: return NotImplemented  # as fastai's do
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@every
+def test_typed_tensors_are_numbers(name, mode):
+    loss, (logits, target) = make(name, mode), data(mode)
+    value = loss(logits.as_subclass(Image), target.as_subclass(Mask))
+    assert type(value) is torch.Tensor
+    assert_close(value, loss(logits, target), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if "binary" in spec.modes])
 def test_binary_shapes(name):
     loss, (logits, target) = make(name, "binary"), data("binary")
@@ -244,6 +205,31 @@ def test_errors_in_words(name, mode):
         with pytest.raises(TypeError, match="integer dtype"): loss(logits, target.float())
     if len(SPECS[name].modes) > 1 and name != "SoftBCEWithLogitsLoss":
         with pytest.raises(ValueError, match="mode='multi-label'.*did you mean 'multilabel'"): make(name, "multi-label")
+
+
+@every
+def test_one_half_is_a_yes(name, mode):
+    """A logit of 0, and a probability of exactly .5, in whichever form the loss takes predictions."""
+    channels = {"binary": 1, "multilabel": 3, "multiclass": 3}[mode]
+    zero = torch.zeros(2, channels, 5, 6)
+    forms = [(make(name, mode), zero)]
+    if SPECS[name].probabilities: forms.append((make(name, mode, from_logits=False), zero + .5))
+    for loss, pred in forms:
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            probs = loss.activation(pred.to(dtype))
+            labels, below = loss.decodes(probs), loss.decodes(probs - .01)
+            assert labels.dtype == torch.int64
+            assert labels.shape == ((2, 3, 5, 6) if mode == "multilabel" else (2, 5, 6))
+            if mode == "multiclass": assert (labels == 0).all()  # the first of equals
+            else: assert (labels == 1).all() and (below == 0).all()
+
+
+@every
+def test_decides_as_its_task(name, mode):
+    loss, (logits, _) = make(name, mode), data(mode)
+    assert loss.task.mode in (mode, None) and loss.task.from_logits
+    assert torch.equal(loss.decodes(loss.activation(logits)), loss.task.decision(logits))
+    assert isinstance(loss, torch.nn.modules.loss._Loss)  # as SMP's are
 
 
 class Count(TorchDispatchMode):

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from segkit.metrics import scores
-from segkit.metrics.scores import REDUCTIONS, fbeta_score, get_stats, iou_score
+from segkit.metrics.scores import SCORE_REDUCTIONS, fbeta_score, get_stats, iou_score
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -69,7 +69,7 @@ def test_binary_without_a_channel_is_one_class():
 def test_scores_equal_smp_where_smp_is_right(name):
     stats = get_stats(*masks(4), "multiclass", num_classes=4)
     mine, theirs = getattr(scores, name), getattr(smp.metrics, name)
-    for reduction in REDUCTIONS:
+    for reduction in SCORE_REDUCTIONS:
         if reduction == "weighted-imagewise": continue
         w = [1., 2, 3, 4] if reduction == "weighted" else None
         assert_close(mine(*stats, reduction=reduction, class_weights=w), theirs(*stats, reduction=reduction, class_weights=w), rtol=0, atol=1e-5)

@@ -12,13 +12,12 @@ from fastai.torch_core import TensorMultiCategory
 from torch import nn
 from torch.nn import functional as F
 
-from segkit.data import shapes_dataloaders
-from segkit.data import shims
+from segkit.data import shapes_dataloaders, shims
 from segkit.learner import ClassMix, MaskCutMix, MaskMixUp, segmentation_learner
 from segkit.losses import DiceLoss, MultiTaskLoss
 
 torch.set_num_threads(1)
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in shims.HIDDEN]
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{hidden.message}") for hidden in shims.HIDDEN.values()]
 OURS = [MaskMixUp, MaskCutMix, ClassMix]
 
 def seed(n=0): random.seed(n); np.random.seed(n); torch.manual_seed(n)

@@ -171,7 +171,7 @@ def test_is_a_well_behaved_module(batch):
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))): assert_close(twin(pred, mask, label), want)
     assert set(loss.state_dict()) == {"log_variances", "mask_loss.ce.weight"}
     assert loss.y_int is False and isinstance(loss, CompositeLoss)
-    assert task_of(loss.mask_loss).modes == ("multiclass",)
+    assert task_of(loss.mask_loss).mode == "multiclass"
 
 class TwoHeads(nn.Module):
     def __init__(self):

@@ -4,3 +4,4 @@ from .layers import get_norm_layer as get_norm_layer
 from .registry import Registry as Registry
 from .registry import architectures as architectures
 from .registry import encoders as encoders
+from .task import Task as Task

@@ -34,18 +34,27 @@ class Archive:
     ) -> Path: # The same
         "Raise `ValueError` unless `file` is the one that is meant"
         file = Path(file)
-        size = file.stat().st_size
-        if self.size is not None and size != self.size: raise ValueError(f"{file.name} has {size:,} bytes, expected {self.size:,}; it is damaged or has changed at its source")
-        for what, wanted, length in (("checksum", self.md5, None), ("checksum of the first mebibyte", self.start_md5, 2**20)):
-            if wanted and (found := _md5(file, length)) != wanted:
-                raise ValueError(f"{file.name}: its {what} is {found}, expected {wanted}; it is damaged or has changed at its source")
+        _compare(file, "size in bytes", file.stat().st_size, self.size)
+        if self.md5: _compare(file, "checksum", _md5(file), self.md5)
+        if self.start_md5:
+            found = _md5(file, 2**20)
+            _compare(file, "checksum of the first mebibyte", found, self.start_md5)
         return file
 
+# %% ../../nbs/core/08_archive.ipynb #archive-parts
+def _compare(file, what, found, expected):
+    "Raise `ValueError` where a fact about a file is not the expected one"
+    if expected is None or found == expected: return
+    raise ValueError(f"{file.name}: its {what} is {found}, expected {expected}; "
+                     "it is damaged or has changed at its source")
+
 def _md5(file, length=None):
-    "Checksum of a file, or of its beginning"
-    digest, left = hashlib.md5(usedforsecurity=False), length if length is not None else float("inf")
+    "Checksum of a file, or of its first `length` bytes"
+    digest = hashlib.md5(usedforsecurity=False)
     with open(file, "rb") as f:
-        while left > 0 and (block := f.read(int(min(left, 2**20)))): digest.update(block); left -= len(block)
+        if length is not None: digest.update(f.read(length))
+        else:
+            while block := f.read(2**20): digest.update(block)
     return digest.hexdigest()
 
 # %% ../../nbs/core/08_archive.ipynb #unpack
@@ -55,31 +64,36 @@ def unpack(
     progress: bool = True, # Show a progress bar
 ) -> None:
     "Unpack a `.tar`, `.tgz`, `.tar.gz` or `.zip` file"
-    folder, show = Path(folder), (lambda m: progress_bar(m, leave=False)) if progress else iter
+    folder = Path(folder)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            for member in show(archive.infolist()): archive.extract(member, folder)  # drops `..` and leading slashes by itself
+            for member in _shown(archive.infolist(), progress):
+                archive.extract(member, folder)  # drops `..` and leading slashes by itself
         return
     with tarfile.open(file) as archive:
-        for member in show(archive.getmembers()):
+        for member in _shown(archive.getmembers(), progress):
             where = (folder/member.name).resolve()
-            if not where.is_relative_to(folder.resolve()): raise ValueError(f"{file}: the member {member.name!r} lies outside the folder")
-            if hasattr(tarfile, "data_filter"): archive.extract(member, folder, filter="data")
-            else: archive.extract(member, folder)
+            if not where.is_relative_to(folder.resolve()):
+                raise ValueError(f"{file}: the member {member.name!r} lies outside the folder")
+            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extract(member, folder, **safe)
+
+def _shown(members, progress): return progress_bar(members, leave=False) if progress else members
 
 # %% ../../nbs/core/08_archive.ipynb #download
 def download(
     archives: Sequence[Archive], # What to download
     name: str, # Name of the folder to make
-    folder: str | Path | None = None, # Cache folder; None for `cache_folder()`
+    cache: str | Path | None = None, # Folder to make it in; None for `cache_folder()`
     progress: bool = True, # Show progress bars while unpacking
 ) -> Path: # Folder with everything unpacked
     "Download, check and unpack once; later calls find the folder"
-    root = cache_folder(folder)
-    target = root/name
-    if target.is_dir(): return target
-    files = [_fetched(archive, root/"archives") for archive in archives]
-    return build_once(target, lambda part: [unpack(file, part, progress) for file in files])
+    cache = cache_folder(cache)
+    if (cache/name).is_dir(): return cache/name
+    files = [_fetched(archive, cache/"archives") for archive in archives]
+    def build(part):
+        for file in files: unpack(file, part, progress)
+    return build_once(cache/name, build)
 
 def _fetched(archive, folder):
     "The file of an archive, complete and checked"
@@ -87,7 +101,8 @@ def _fetched(archive, folder):
         file = fetch(archive.url, folder=folder)
         if not file.is_file(): raise FileNotFoundError("no such file")
     except OSError as error:
-        raise OSError(f"{archive.url} could not be fetched ({error}). Without a network, unpack it elsewhere and pass that folder as `folder`") from error
+        raise OSError(f"{archive.url} could not be fetched ({error}). Without a network, "
+                      "unpack it elsewhere and pass that folder as `folder`") from error
     try: return archive.check(file)
     except ValueError:
         if urlparse(archive.url).scheme != "file": os.remove(file)

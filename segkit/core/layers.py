@@ -39,6 +39,9 @@ class BatchNorm2d(nn.BatchNorm2d):
         statistics = self.running_mean, self.running_var
         return F.batch_norm(x, *statistics, self.weight, self.bias, training=False, eps=self.eps)
 
+    def _check_input_dim(self, x):
+        if isinstance(x, Tensor): super()._check_input_dim(x)  # a stand-in of torch.fx has no size yet
+
 # %% ../../nbs/core/01_layers.ipynb #instancenorm
 class InstanceNorm2d(nn.InstanceNorm2d):
     "[Instance norm](https://arxiv.org/abs/1607.08022) (Ulyanov et al., 2016), also of a single place"
@@ -50,6 +53,9 @@ class InstanceNorm2d(nn.InstanceNorm2d):
         centred = x - x  # zero, with a gradient for whatever comes before
         if self.weight is None: return centred
         return centred*self.weight[:, None, None] + self.bias[:, None, None]
+
+    def _check_input_dim(self, x):
+        if isinstance(x, Tensor): super()._check_input_dim(x)  # a stand-in of torch.fx has no size yet
 
 # %% ../../nbs/core/01_layers.ipynb #norms
 def _groupnorm(channels, num_groups=None, **options):

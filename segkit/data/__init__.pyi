@@ -5,8 +5,10 @@ from . import loaders as loaders
 from . import pets as pets
 from . import display as display
 from . import presence as presence
+from . import shims as shims
 from . import shapes as shapes
 from . import statistics as statistics
+from . import tiny as tiny
 from . import weights as weights
 from .blocks import SegmentationBlocks as SegmentationBlocks
 from .blocks import image_block as image_block

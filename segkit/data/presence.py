@@ -6,18 +6,19 @@
 __all__ = ['present_classes', 'LabelFromMask', 'NamesPresent', 'presence_block']
 
 # %% ../../nbs/data/07_presence.ipynb #imports
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from fasttransform import ItemTransform, Transform
 from torch import Tensor
 
-from .blocks import ReadMask, mask_block  # before fastai: it filters the warnings of its import
+from .shims import quiet_import
 
-from fastai.data.block import TransformBlock
-from fastai.data.transforms import EncodedMultiCategorize
-from fasttransform import ItemTransform, Transform
+with quiet_import():
+    from fastai.data.block import TransformBlock
+    from fastai.data.transforms import EncodedMultiCategorize
 
 # %% ../../nbs/data/07_presence.ipynb #present
 def present_classes(
@@ -27,12 +28,18 @@ def present_classes(
 ) -> Tensor: # Ones for the classes that occur, float32 `(b, classes)`
     "Read off masks which classes they have"
     mask = mask.as_subclass(Tensor)
-    if mask.dim() == 4: counts = (mask == 1).flatten(2).sum(2)
-    else:
-        rows = torch.where((mask >= 0) & (mask < classes), mask, classes).flatten(1).long()
-        rows = rows + (classes + 1)*torch.arange(len(rows), device=mask.device)[:, None]
-        counts = torch.bincount(rows.flatten(), minlength=len(mask)*(classes + 1)).view(len(mask), -1)[:, :classes]
-    return ((counts > 0) & (counts >= min_share*mask.shape[-1]*mask.shape[-2])).float()
+    counts = (mask == 1).flatten(2).sum(2) if mask.dim() == 4 else _counts(mask, classes)
+    enough = counts >= min_share*mask.shape[-1]*mask.shape[-2]
+    return ((counts > 0) & enough).float()
+
+def _counts(mask, classes):
+    "Pixels of each class `(b, classes)`: one histogram, in which each mask has a row of bins"
+    bins = classes + 1  # the last one is for void
+    known = (mask >= 0) & (mask < classes)
+    value = torch.where(known, mask, classes).flatten(1).long()
+    row = torch.arange(len(mask), device=mask.device)[:, None]
+    counts = torch.bincount((bins*row + value).flatten(), minlength=bins*len(mask))
+    return counts.view(len(mask), bins)[:, :classes]
 
 # %% ../../nbs/data/07_presence.ipynb #late
 class LabelFromMask(ItemTransform):
@@ -43,7 +50,8 @@ class LabelFromMask(ItemTransform):
         chosen: Sequence[int] | None = None, # Classes that are labels; all of them if None
         min_share: float = 0., # Smallest share of a picture's pixels that counts as present
     ):
-        self.classes, self.chosen, self.min_share = classes, list(range(classes) if chosen is None else chosen), min_share
+        self.classes, self.min_share = classes, min_share
+        self.chosen = list(range(classes) if chosen is None else chosen)
 
     def label(self,
         mask: Tensor, # Masks `(b, h, w)` or `(b, classes, h, w)`
@@ -60,7 +68,7 @@ class LabelFromMask(ItemTransform):
 class NamesPresent(Transform):
     "Read a mask and say which classes it has, as ones and zeros"
     def __init__(self,
-        read: ReadMask, # How masks are read
+        read: Callable[[Any], Any], # How masks are read, such as `ReadMask`
         late: LabelFromMask, # Which classes are asked for
     ):
         self.read, self.late = read, late
@@ -71,16 +79,18 @@ class NamesPresent(Transform):
         return self.late.label(mask[None])[0].tolist()
 
 def presence_block(
-    codes: Sequence[str], # Names of the classes of the mask
+    read: Callable[[Any], Any], # How masks are read, such as `ReadMask`
+    codes: Sequence[str], # Names of the classes of the mask; one name for a binary mask
     labels: Sequence[str] | None = None, # Those of them that are labels; all if None
     min_share: float = 0., # Smallest share of a picture's pixels that counts as present
-    **kwargs: Any, # How the mask is read: `values`, `void`, `overlapping`, as in `mask_block`
+    overlapping: bool = False, # Whether classes may share a pixel
 ) -> TransformBlock: # Block whose source is the mask
     "Labels from the mask: the classes that are present after augmentation"
-    labels = list(codes if labels is None else labels)
-    if strange := [name for name in labels if name not in codes]: raise ValueError(f"labels={strange}: expected names among the codes {list(codes)}")
-    late = LabelFromMask(max(2, len(codes)) if not kwargs.get("overlapping") else len(codes), [_place(codes, name) for name in labels], min_share)
-    read = mask_block(codes, **kwargs).type_tfms[0]
-    return TransformBlock(type_tfms=[NamesPresent(read, late), EncodedMultiCategorize(vocab=labels)], batch_tfms=late)
-
-def _place(codes, name): return 1 if len(codes) == 1 else list(codes).index(name)
+    codes, labels = list(codes), list(codes if labels is None else labels)
+    if strange := [name for name in labels if name not in codes]:
+        raise ValueError(f"labels={strange}: expected names among the codes {codes}")
+    binary = len(codes) == 1 and not overlapping
+    chosen = [1 if binary else codes.index(name) for name in labels]
+    late = LabelFromMask(2 if binary else len(codes), chosen, min_share)
+    names = EncodedMultiCategorize(vocab=labels)
+    return TransformBlock(type_tfms=[NamesPresent(read, late), names], batch_tfms=late)

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from ..core.registry import check_choice
-from .blocks import VOID  # before fastai: it filters the warnings of its import
+from .blocks import VOID
+from .shims import quiet_import
+from .targets import find_attribute, spread_over
 
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import Normalize
-from fastprogress.fastprogress import progress_bar
+with quiet_import():
+    from fastai.data.core import DataLoaders
+    from fastai.data.transforms import Normalize
+    from fastprogress.fastprogress import progress_bar
 
 # %% ../../nbs/data/06_statistics.ipynb #moments
 class Moments:
@@ -34,13 +37,17 @@ class Moments:
         values, n = values.double(), values.shape[1]
         if n == 0: return self
         mean = values.mean(1)
-        squares, delta, total = (values - mean[:, None]).square().sum(1), mean - self.mean, self.n + n
+        squares = (values - mean[:, None]).square().sum(1)
+        delta = mean - self.mean
+        total = self.n + n
         self.squares = self.squares + squares + delta**2*(self.n*n/total)
-        self.mean, self.n = self.mean + delta*(n/total), total
+        self.mean = self.mean + delta*(n/total)
+        self.n = total
         return self
 
     @property
-    def std(self) -> Tensor: return (self.squares/self.n).sqrt()
+    def std(self) -> Tensor: # Standard deviation `(channels,)`
+        return (self.squares/self.n).sqrt()
 
 # %% ../../nbs/data/06_statistics.ipynb #statistics
 WEIGHTS = ("median", "inverse", "log", "effective")
@@ -52,29 +59,33 @@ class Statistics:
     std: Tensor # Standard deviation of each channel `(channels,)`
     pixels: Tensor # Pixels of each class `(classes,)`
     pictures: Tensor # Pictures in which each class occurs `(classes,)`
-    around: Tensor # Pixels of the pictures in which each class occurs `(classes,)`
+    picture_pixels: Tensor # Pixels of the pictures in which each class occurs `(classes,)`
     void: int # Pixels of no class
     n: int # Pictures looked at
     codes: list | None = None # Names of the classes
 
     def weights(self,
-        method: Literal["median", "inverse", "log", "effective"] = "median", # How classes are weighed
+        method: Literal["median", "inverse", "log", "effective"] = "median", # How to weigh
         beta: float = 0.999, # Of the effective number: how little a further picture adds
     ) -> Tensor: # Weight of each class, mean 1 over those that occur `(classes,)`
         "Weights for a loss"
         check_choice("method", method, WEIGHTS)
-        there, n = self.pixels > 0, self.pixels.double().clamp(min=1)
-        frequency = n/self.around.clamp(min=1)
-        if method == "median": weight = frequency[there].quantile(.5)/frequency
+        occurs = self.pixels > 0
+        n = self.pixels.double().clamp(min=1)
+        frequency = n/self.picture_pixels.clamp(min=1)
+        if method == "median": weight = frequency[occurs].quantile(.5)/frequency
         elif method == "inverse": weight = 1/n
         elif method == "log": weight = 1/(1.02 + n/self.pixels.sum()).log()
         else: weight = (1 - beta)/(1 - beta**self.pictures.double().clamp(min=1))
-        weight = torch.where(there, weight, 0.)
-        return (weight/weight[there].mean()).float()
+        weight = torch.where(occurs, weight, 0.)
+        return (weight/weight[occurs].mean()).float()
 
     def normalize(self) -> Normalize: # For `batch_tfms`, or `dls.add_tfms([...], "after_batch")`
         "The transform that brings each channel to mean 0 and spread 1"
-        if (self.std == 0).any(): raise ValueError(f"channel {int((self.std == 0).nonzero()[0])} has the same value everywhere, so it cannot be normalised")
+        constant = (self.std == 0).nonzero().flatten().tolist()
+        if constant:
+            raise ValueError(f"channel {constant[0]} has the same value everywhere, "
+                             "so it cannot be normalised")
         return Normalize.from_stats(self.mean.tolist(), self.std.tolist(), cuda=False)
 
 # %% ../../nbs/data/06_statistics.ipynb #call
@@ -86,39 +97,46 @@ def data_statistics(
     progress: bool = True, # Show a progress bar
 ) -> Statistics: # Statistics of the training set
     "Statistics of the channels and of the classes, in one pass"
-    from segkit.data.targets import find
-    items = dls.train_ds if isinstance(dls, DataLoaders) else dls
-    if codes is None and isinstance(dls, DataLoaders): codes = find(dls, "codes")
+    loaders = isinstance(dls, DataLoaders)
+    items = dls.train_ds if loaders else dls
+    if codes is None and loaders: codes = find_attribute(dls, "codes")
     if codes is None: raise ValueError("the names of the classes are missing: give `codes`")
-    classes = 2 if len(codes) == 1 else len(codes)
-    chosen = range(len(items)) if n is None else np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)).tolist()
+    classes = max(2, len(codes))
+    chosen = spread_over(len(items), n)
     if len(chosen) == 0: raise ValueError("there are no items to look at")
-    moments, sums, void = Moments(), torch.zeros(3, classes, dtype=torch.int64), 0
+    moments, void = Moments(), 0
+    sums = torch.zeros(3, classes, dtype=torch.int64)
     for i in progress_bar(chosen, leave=False) if progress else chosen:
         picture, mask = _tensors(*items[i][:2])
-        counts, seen, known = _count(mask, classes, ignore_index)
+        pixels, known = _count(mask, classes, ignore_index)
+        occurs = pixels > 0
         moments.add(picture[:, known])
-        sums += torch.stack([counts, counts > 0, (counts > 0)*seen])
-        void += known.numel() - int(known.sum())
+        sums += torch.stack([pixels, occurs, occurs*known.sum()])
+        void += int((~known).sum())
     if moments.n == 0: raise ValueError("every pixel of every mask is void")
     return Statistics(moments.mean, moments.std, *sums, void, len(chosen), list(codes))
 
 # %% ../../nbs/data/06_statistics.ipynb #call-parts
 def _tensors(picture, mask):
     "Picture `(channels, h, w)` as the batch will hold it, and mask"
-    if isinstance(picture, Tensor): picture = picture.as_subclass(Tensor)
-    else:
-        picture = torch.from_numpy(np.array(picture))
-        picture = picture[None] if picture.dim() == 2 else picture.movedim(-1, 0)
-    mask = mask.as_subclass(Tensor) if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
-    if picture.shape[-2:] != mask.shape[-2:]: raise ValueError(f"a picture of height and width {tuple(picture.shape[-2:])} with a mask of {tuple(mask.shape[-2:])}")
-    return (picture.double()/255 if picture.dtype == torch.uint8 else picture), mask.long()
+    of_pillow = not isinstance(picture, Tensor)
+    picture, mask = _tensor(picture), _tensor(mask).long()
+    if of_pillow: picture = picture[None] if picture.dim() == 2 else picture.movedim(-1, 0)
+    if picture.shape[-2:] != mask.shape[-2:]:
+        raise ValueError(f"a picture of height and width {tuple(picture.shape[-2:])} "
+                         f"with a mask of {tuple(mask.shape[-2:])}")
+    return (picture.double()/255 if picture.dtype == torch.uint8 else picture), mask
+
+def _tensor(x):
+    if isinstance(x, Tensor): return x.as_subclass(Tensor)
+    return torch.from_numpy(np.array(x))
 
 def _count(mask, classes, ignore_index):
-    "Pixels of each class, pixels of the picture that are not void, and which those are"
+    "Pixels of each class `(classes,)`, and which pixels of the picture are not void `(h, w)`"
+    if ignore_index is None: void = torch.zeros_like(mask, dtype=torch.bool)
+    else: void = mask == ignore_index
     if mask.dim() == 3:  # a channel for each class
-        known = (mask != ignore_index).all(0) if ignore_index is not None else torch.ones(mask.shape[1:], dtype=torch.bool)
-        return ((mask == 1) & known).flatten(1).sum(1), int(known.sum()), known
-    known = (mask >= 0) & (mask < classes)
-    if ignore_index is not None: known &= mask != ignore_index
-    return torch.bincount(mask[known], minlength=classes), int(known.sum()), known
+        known = ~void.any(0)
+        return ((mask == 1) & known).flatten(1).sum(1), known
+    known = (mask >= 0) & (mask < classes) & ~void
+    return torch.bincount(mask[known], minlength=classes), known

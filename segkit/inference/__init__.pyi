@@ -1,4 +1,4 @@
-from .fuse import Choices as Choices
+from .fold import fold_norms as fold_norms
 from .fuse import Fused as Fused
 from .fuse import agreement as agreement
 from .fuse import fuse as fuse

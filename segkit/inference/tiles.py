@@ -6,9 +6,11 @@
 __all__ = ['tile_starts', 'tile_window', 'tiled']
 
 # %% ../../nbs/inference/21_tiles.ipynb #imports
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/inference/21_tiles.ipynb #starts
@@ -18,8 +20,9 @@ def tile_starts(
     overlap: int, # Pixels that neighbours share at least, less than `tile`
 ) -> list[int]: # First pixel of every tile, ascending
     "Even steps from the first tile to the last"
-    n = -(-(length - tile)//(tile - overlap)) + 1
-    return [round(i*(length - tile)/max(n - 1, 1)) for i in range(n)]
+    last = length - tile
+    steps = math.ceil(last/(tile - overlap))
+    return [round(i*last/max(steps, 1)) for i in range(steps + 1)]
 
 # %% ../../nbs/inference/21_tiles.ipynb #window
 def tile_window(
@@ -27,29 +30,54 @@ def tile_window(
     width: int, # Width of the tile
 ) -> Tensor: # Weights from near 0 to 1 `(height, width)`
     "How much a tile counts at each of its pixels"
-    def ramp(n): return 1 - ((torch.arange(n) + .5)*2/n - 1).abs()*(1 - 1/n)
-    return ramp(height)[:, None]*ramp(width)
+    return _ramp(height)[:, None]*_ramp(width)
+
+def _ramp(n):
+    "A triangle over `n` pixels, above 0 everywhere"
+    from_centre = ((torch.arange(n) + .5)*2/n - 1).abs()
+    return 1 - from_centre*(1 - 1/n)
 
 # %% ../../nbs/inference/21_tiles.ipynb #bands
+class _Band:
+    "Weighted sums of the tiles in one row of them"
+    def __init__(self, tile: Tensor, width: int):
+        "Empty, for tiles like `tile` `(classes, h, w)`"
+        classes, height, tile_width = tile.shape
+        self.window = tile_window(height, tile_width)
+        self.total = tile.new_zeros(classes, height, width)
+        self.weight = torch.zeros(height, width)
+
+    def add(self, probs: Tensor, x: int):
+        "One tile `(classes, h, w)`, whose first column is `x`"
+        columns = slice(x, x + probs.shape[-1])
+        self.total[..., columns] += probs*self.window.to(probs)
+        self.weight[..., columns] += self.window
+
+    def finish(self, n: int) -> Tensor: # Weighted mean `(classes, n, width)`
+        "The first `n` rows; those below take their place"
+        done = self.total[:, :n]/self.weight[:n].to(self.total)
+        self.total = F.pad(self.total[:, n:], (0, 0, 0, n))
+        self.weight = F.pad(self.weight[n:], (0, 0, 0, n))
+        return done
+
+# %% ../../nbs/inference/21_tiles.ipynb #tiled
 def tiled(
-    answer: Callable[[list[tuple[int, int]]], Tensor], # Probabilities `(n, classes, tile height, tile width)` of the tiles at n corners `(y, x)`
+    predict: Callable[[list[tuple[int, int]]], Tensor], # Corners `(y, x)` to `(n, classes, *tile)`
     size: tuple[int, int], # Height and width of the picture
     tile: tuple[int, int], # Height and width of a tile
     overlap: int, # Pixels that neighbours share at least
-    batch: int = 4, # Tiles answered at once
-    watch: Callable[[Iterable], Iterable] = iter, # Put around the rows of tiles, such as a progress bar
+    batch: int = 4, # Tiles predicted at once
+    progress: Callable[[Iterable], Iterable] = iter, # Put around the rows of tiles
 ) -> Iterator[Tensor]: # Finished rows of probabilities `(classes, rows, w)`, from top to bottom
     "Weighted means of overlapping tiles, in the memory of one band"
-    (height, width), (h, w) = size, tile
-    rows, columns, window = tile_starts(height, h, overlap), tile_starts(width, w, overlap), tile_window(h, w)
-    band, weight = None, torch.zeros(h, width)
-    for y, following in watch(list(zip(rows, [*rows[1:], height]))):
+    height, width = size
+    rows = tile_starts(height, tile[0], overlap)
+    columns = tile_starts(width, tile[1], overlap)
+    band = None
+    for y, following in progress(list(zip(rows, [*rows[1:], height]))):
         for i in range(0, len(columns), batch):
-            for x, probs in zip(columns[i:i+batch], answer([(y, x) for x in columns[i:i+batch]])):
-                if band is None: band = probs.new_zeros(len(probs), h, width)
-                band[..., x:x+w] += probs*window.to(probs)
-                weight[:, x:x+w] += window
-        done = following - y
-        yield band[:, :done]/weight[:done].to(band)
-        band = torch.cat([band[:, done:], torch.zeros_like(band[:, :done])], 1)
-        weight = torch.cat([weight[done:], torch.zeros_like(weight[:done])])
+            some = columns[i:i + batch]
+            for x, probs in zip(some, predict([(y, x) for x in some])):
+                if band is None: band = _Band(probs, width)
+                band.add(probs, x)
+        yield band.finish(following - y)

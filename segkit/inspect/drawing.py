@@ -7,9 +7,10 @@ __all__ = ['spread', 'figure', 'draw']
 
 # %% ../../nbs/inspect/02_drawing.ipynb #imports
 import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import log2
-from typing import TYPE_CHECKING, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,7 +22,7 @@ from matplotlib.textpath import TextPath
 from torch import Tensor, nn
 
 from .pictures import show
-from .wiring import Part, Trace, trace
+from .wiring import Arrow, Part, Trace, trace
 
 if TYPE_CHECKING: from IPython.display import Image
 
@@ -30,104 +31,156 @@ def spread(
     wanted: Sequence[float], # Heights that the boxes of a column would like to have, top to bottom
 ) -> list[float]: # Heights at least 1 apart, in the same order
     "The heights nearest to the wanted ones, by least squares, that are at least 1 apart"
-    blocks = []  # sum and number of the members
-    for i, y in enumerate(wanted):
-        blocks.append([y - i, 1])
-        while len(blocks) > 1 and blocks[-2][0]/blocks[-2][1] > blocks[-1][0]/blocks[-1][1]:
-            total, n = blocks.pop()
-            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + n]
-    level = [total/n for total, n in blocks for _ in range(n)]
-    return [y + i for i, y in enumerate(level)]
+    from sklearn.isotonic import isotonic_regression
+    if not len(wanted): return []
+    number = np.arange(len(wanted))
+    return (isotonic_regression(np.asarray(wanted, float) - number) + number).tolist()
 
 # %% ../../nbs/inspect/02_drawing.ipynb #row
-def _ladder(t: Trace) -> dict[str, tuple[int, float]]:
-    "Places of the image and of the encoder's levels: column 0, each lower than the one before"
-    at, lowest = {}, -1.
-    for p in t.parts.values():
-        if p.kind not in ("image", "level"): continue
-        lowest = max(log2(p.stride) if p.stride else 0, lowest + 1)
-        at[p.name] = (0, lowest)
-    return at
+class _Spot(NamedTuple):
+    "Where a box stands"
+    column: float
+    row: float
 
-def _row(p: Part, before: list[str], t: Trace, at: dict[str, tuple[int, float]], flat: bool) -> float:
-    "The height that a part would like to have"
-    same = [s for s in before if t.parts[s].stride == p.stride and not (flat and at[s][0] > 0)]
-    if same: return at[min(same, key=lambda s: at[s][0] > 0)][1]
-    if not p.stride: return max((at[s][1] for s in before), default=0)
-    beside = [r for n, (c, r) in at.items() if c == 0 and t.parts[n].stride == p.stride]
-    return beside[0 if flat else -1] if beside else log2(p.stride)
+class _Grid:
+    "The places of boxes, while they are given one after the other"
+    def __init__(self, t: Trace):
+        self.trace, self.spots = t, {}
+        levels = [part for part in t.parts.values() if part.kind in ("image", "level")]
+        strides = {part.stride for part in levels if part.kind == "level" and not part.missing}
+        self.flat = len(strides) == 1
+        lowest = -1.
+        for part in levels:  # column 0, each lower than the one before
+            lowest = max(log2(part.stride) if part.stride else 0, lowest + 1)
+            self.spots[part.name] = _Spot(0, lowest)
+
+    def sources(self, part: Part) -> list[tuple[Part, _Spot]]:
+        "What a part is made of, and where that stands"
+        names = [name for name in self.trace.sources(part.name) if name in self.spots]
+        return [(self.trace.parts[name], self.spots[name]) for name in names]
+
+# %% ../../nbs/inspect/02_drawing.ipynb #wanted-row
+def _wanted_row(grid: _Grid, part: Part) -> float:
+    "The height that a part would like to have: that of its stride, beside a source if it can"
+    sources = grid.sources(part)
+    same = [spot for source, spot in sources if source.stride == part.stride]
+    ladder = [spot for spot in same if spot.column == 0]
+    if grid.flat: same = ladder
+    if same: return (ladder or same)[0].row
+    if not part.stride: return max((spot.row for _, spot in sources), default=0)
+    levels = [spot.row for name, spot in grid.spots.items()
+              if spot.column == 0 and grid.trace.parts[name].stride == part.stride]
+    if not levels: return log2(part.stride)
+    return levels[0 if grid.flat else -1]
 
 # %% ../../nbs/inspect/02_drawing.ipynb #settle
-def _settle(t: Trace, at: dict[str, tuple[int, float]], column: int) -> None:
-    "Move the boxes of a column apart, in place"
-    names = [n for n in at if at[n][0] == column]
-    rows = [at[n][1] for n in names]
-    for n, row in zip(names, rows, strict=True):
-        before = [at[s][1] for s in t.sources(n) if s in at and at[s][0] < column]
-        if rows.count(row) > 1 and before: at[n] = (column, sum(before)/len(before))
-    names.sort(key=lambda n: at[n][1])
-    for n, row in zip(names, spread([at[n][1] for n in names]), strict=True): at[n] = (column, row)
+def _place_part(grid: _Grid, part: Part) -> None:
+    "To the right of all sources, but for a step of one row into a free place"
+    row, column = _wanted_row(grid, part), 1
+    for _, spot in grid.sources(part):
+        if spot.column == 0: continue
+        step = abs(spot.row - row) == 1 and (spot.column, row) not in grid.spots.values()
+        column = max(column, spot.column if step else spot.column + 1)
+    grid.spots[part.name] = _Spot(column, row)
+
+def _place_head(grid: _Grid, part: Part, last: float, bottom: float) -> None:
+    "In the `last` column, an output behind its head; below all if a part stands in the way"
+    row, columns = _wanted_row(grid, part), [spot.column for _, spot in grid.sources(part)]
+    between = [spot.column for spot in grid.spots.values() if spot.row == row]
+    crossed = any(start < column < last for column in between for start in columns)
+    if crossed and not part.stride: row = bottom + .9
+    behind = part.kind == "output" and last in columns
+    grid.spots[part.name] = _Spot(last + behind, row)
 
 # %% ../../nbs/inspect/02_drawing.ipynb #place
-def _places(t: Trace) -> dict[str, tuple[int, float]]:
+def _settle(grid: _Grid, column: float) -> None:
+    "Move the boxes of a column apart"
+    names = [name for name, spot in grid.spots.items() if spot.column == column]
+    rows = [grid.spots[name].row for name in names]
+    for name, row in zip(names, rows, strict=True):
+        sources = grid.sources(grid.trace.parts[name])
+        before = [spot.row for _, spot in sources if spot.column < column]
+        if rows.count(row) > 1 and before:
+            grid.spots[name] = _Spot(column, sum(before)/len(before))
+    names.sort(key=lambda name: grid.spots[name].row)
+    rows = spread([grid.spots[name].row for name in names])
+    for name, row in zip(names, rows, strict=True): grid.spots[name] = _Spot(column, row)
+
+def _places(t: Trace) -> dict[str, _Spot]:
     "A column and a row for each part"
-    at = _ladder(t)
-    flat = len({t.parts[n].stride for n in at if t.parts[n].kind == "level" and not t.parts[n].missing}) == 1
-    heads = [p for p in t.parts.values() if p.kind in ("head", "output")]
-    for p in t.parts.values():
-        if p.name in at or p in heads: continue
-        before = [s for s in t.sources(p.name) if s in at]
-        row, column = _row(p, before, t, at, flat), 1
-        for c, r in (at[s] for s in before):
-            if c > 0: column = max(column, c + (abs(r - row) != 1 or (c, row) in at.values()))
-        at[p.name] = (column, row)
-    last, bottom = max(c for c, _ in at.values()) + 1, max(r for _, r in at.values())
-    for p in heads:
-        before = [s for s in t.sources(p.name) if s in at]
-        row = _row(p, before, t, at, flat)
-        crossed = any(r == row and any(at[s][0] < c < last for s in before) for c, r in at.values())
-        after = p.kind == "output" and any(at[s][0] == last for s in before)
-        at[p.name] = (last + after, bottom + .9 if crossed and not p.stride else row)
-    for column in range(1, last + 2): _settle(t, at, column)
-    return at
+    grid = _Grid(t)
+    parts = [part for part in t.parts.values() if part.name not in grid.spots]
+    heads = [part for part in parts if part.kind in ("head", "output")]
+    for part in parts:
+        if part not in heads: _place_part(grid, part)
+    last = max(spot.column for spot in grid.spots.values()) + 1
+    bottom = max(spot.row for spot in grid.spots.values())
+    for head in heads: _place_head(grid, head, last, bottom)
+    for column in range(1, last + 2): _settle(grid, column)
+    return grid.spots
 
 # %% ../../nbs/inspect/02_drawing.ipynb #texts
-def _text(p: Part, names: Mapping[str, str]) -> str:
+def _break(name: str) -> str:
+    "A long name in two lines, cut at the underscore, dot or space that is nearest to its middle"
+    cuts = [match.end() for match in re.finditer(r"[_. ]", name[:-1])]
+    if len(name) <= 15 or not cuts: return name
+    cut = min(cuts, key=lambda i: abs(i - len(name)/2))
+    return f"{name[:cut].strip()}\n{name[cut:].strip()}"
+
+def _size_text(part: Part) -> str:
+    "What a part returned, in words"
+    if part.missing: return "none"
+    if len(part.shape) == 3: return f"{part.shape[1]} tokens, {part.shape[2]} ch"
+    if not part.stride: return f"{' x '.join(map(str, part.shape[1:]))} values"
+    size = "full size" if part.stride == 1 else f"1/{part.stride:.3g}"
+    if part.stride < 1: size = f"{1/part.stride:.3g} x size"
+    return f"{part.shape[1]} ch, {size}"
+
+def _text(part: Part, names: Mapping[str, str]) -> str:
     "Name, channels and stride"
-    name = names.get(p.name) or p.name.removeprefix("decoder.").replace("_head", " head")
-    cuts = [m.end() for m in re.finditer(r"[_. ]", name[:-1])]
-    if len(name) > 15 and cuts and p.name not in names:
-        cut = min(cuts, key=lambda i: abs(i - len(name)/2))
-        name = f"{name[:cut].strip()}\n{name[cut:].strip()}"
-    if p.level: name += f" = {p.level}"
-    if p.missing: return f"{name}\nnone"
-    if len(p.shape) == 3: return f"{name}\n{p.shape[1]} tokens, {p.shape[2]} ch"
-    if not p.stride: return f"{name}\n{' x '.join(map(str, p.shape[1:]))} values"
-    size = "full size" if p.stride == 1 else f"1/{p.stride:.3g}" if p.stride > 1 else f"{1/p.stride:.3g} x size"
-    return f"{name}\n{p.shape[1]} ch, {size}"
+    short = part.name.removeprefix("decoder.").replace("_head", " head")
+    name = names.get(part.name) or short
+    if part.name not in names: name = _break(name)
+    if part.level: name += f" = {part.level}"
+    return f"{name}\n{_size_text(part)}"
 
 def _width(text: str, size: float) -> float:
     "Width of a text in inches"
-    return max(TextPath((0, 0), line, size=size).get_extents().width for line in text.split("\n"))/72
+    lines = [TextPath((0, 0), line, size=size) for line in text.split("\n")]
+    return max(line.get_extents().width for line in lines)/72
 
 # %% ../../nbs/inspect/02_drawing.ipynb #layout
-def _layout(t: Trace, places: dict, texts: dict[str, str], font: float, width: float) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
+def _middles(
+    places: Mapping[str, _Spot], wide: Mapping[str, float], width: float,
+) -> tuple[dict[float, float], float]:
+    "The middle of each column, and the width of the figure, which should not exceed `width`"
+    columns = sorted({spot.column for spot in places.values()})
+    room = dict.fromkeys(columns, 0.)
+    for name, spot in places.items(): room[spot.column] = max(room[spot.column], wide[name])
+    free = (width - sum(room.values()))/max(1, len(columns) - 1)
+    gap, x, middles = min(1., max(.45, free)), .05, {}
+    for c in columns:
+        middles[c] = x + room[c]/2
+        x += room[c] + gap
+    return middles, float(x - gap + .05)
+
+def _layout(
+    places: Mapping[str, _Spot], texts: Mapping[str, str], font: float, width: float,
+) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
     "Boxes as `(left, bottom, right, top)` in inches, and the size of the figure"
-    wide = {n: _width(text, font) + .2 for n, text in texts.items()}
-    high = {n: .0185*font*(text.count("\n") + 1) + .11 for n, text in texts.items()}
-    top = min(r for _, r in places.values())
-    columns = sorted({c for c, _ in places.values()})
-    room = {c: max(wide[n] for n in places if places[n][0] == c) for c in columns}
-    gap = min(1., max(.45, (width - sum(room.values()))/max(1, len(columns) - 1)))
-    middle, x = {}, .05
-    for c in columns: middle[c], x = x + room[c]/2, x + room[c] + gap
-    pitch = max(high.values()) + .33
-    height = .45 + max(high.values()) + pitch*(max(r for _, r in places.values()) - top) + .08
+    wide = {name: _width(text, font) + .2 for name, text in texts.items()}
+    high = {name: .0185*font*(text.count("\n") + 1) + .11 for name, text in texts.items()}
+    middles, total = _middles(places, wide, width)
+    rows, tallest = [spot.row for spot in places.values()], max(high.values())
+    pitch = tallest + .33
+    height = .45 + tallest + pitch*(max(rows) - min(rows)) + .08
     boxes = {}
-    for n, (c, r) in places.items():
-        y = height - .45 - max(high.values())/2 - pitch*(r - top)
-        boxes[n] = np.array([middle[c] - wide[n]/2, y - high[n]/2, middle[c] + wide[n]/2, y + high[n]/2])
-    return boxes, (float(x - gap + .05), float(height))
+    for name, spot in places.items():
+        y = height - .45 - tallest/2 - pitch*(spot.row - min(rows))
+        center = np.array([middles[spot.column], y])
+        half = np.array([wide[name], high[name]])/2
+        boxes[name] = np.concatenate([center - half, center + half])
+    return boxes, (total, float(height))
 
 # %% ../../nbs/inspect/02_drawing.ipynb #curve
 def _center(box: np.ndarray) -> np.ndarray: return (box[:2] + box[2:])/2
@@ -137,115 +190,184 @@ def _edge(box: np.ndarray, direction: np.ndarray) -> np.ndarray:
     half = (box[2:] - box[:2])/2 + .02
     return _center(box) + direction*np.min(half/np.maximum(abs(direction), 1e-9))
 
-def _curve(a: np.ndarray, b: np.ndarray, bend: float) -> tuple[np.ndarray, np.ndarray]:
-    "The three control points of a curve between two boxes, and 41 points on it"
-    p, q = _center(a), _center(b)
-    m = (p + q)/2 + bend*np.array([p[1] - q[1], q[0] - p[0]])
-    p, q = _edge(a, m - p), _edge(b, m - q)
-    if bend == 0: m = (p + q)/2
+class _Curve(NamedTuple):
+    "An arrow as it is drawn"
+    arrow: Arrow
+    bend: float # How far it swings out, as a share of its length
+    control: np.ndarray # The three control points of a quadratic curve
+    points: np.ndarray # 41 points on it
+
+def _curve(arrow: Arrow, boxes: Mapping[str, np.ndarray], bend: float) -> _Curve:
+    "The curve between two boxes"
+    source, target = boxes[arrow.source], boxes[arrow.target]
+    start, end = _center(source), _center(target)
+    across = np.array([start[1] - end[1], end[0] - start[0]])
+    middle = (start + end)/2 + bend*across
+    start, end = _edge(source, middle - start), _edge(target, middle - end)
+    if bend == 0: middle = (start + end)/2
     s = np.linspace(0, 1, 41)[:, None]
-    return np.stack([p, m, q]), (1 - s)**2*p + 2*s*(1 - s)*m + s**2*q
+    points = (1 - s)**2*start + 2*s*(1 - s)*middle + s**2*end
+    return _Curve(arrow, bend, np.stack([start, middle, end]), points)
+
+# %% ../../nbs/inspect/02_drawing.ipynb #route
+_BENDS = (0, .12, -.12, .22, -.22, .32, -.32, .45, -.45, .6, -.6, .8, -.8)
 
 def _within(points: np.ndarray, box: np.ndarray, margin: float = .03) -> np.ndarray:
     "Which points lie in a box"
     return ((points > box[:2] - margin) & (points < box[2:] + margin)).all(1)
 
-# %% ../../nbs/inspect/02_drawing.ipynb #route
-_BENDS = (0, .12, -.12, .22, -.22, .32, -.32, .45, -.45, .6, -.6, .8, -.8)
+def _hugs(points: np.ndarray, others: np.ndarray) -> float:
+    "Share of a curve that runs along another one"
+    distance = np.linalg.norm(points[8:-8, None] - others[None, 8:-8], axis=-1)
+    return (distance.min(1) < .05).mean()
 
-def _route(t: Trace, boxes: dict[str, np.ndarray], size: tuple[float, float]) -> list[tuple]:
-    "Each arrow with its control points and the points of its curve, short arrows first"
+def _ugliness(
+    curve: _Curve, drawn: Sequence[_Curve], boxes: Mapping[str, np.ndarray],
+    size: tuple[float, float],
+) -> float:
+    "How much is wrong with a curve: boxes in its way, an end outside, curves it hugs, its bend"
+    points, ends = curve.points, (curve.arrow.source, curve.arrow.target)
+    met = sum(_within(points, box).mean() for name, box in boxes.items() if name not in ends)
+    outside = (points < .02).any() or (points > np.array(size) - .02).any()
+    hugged = sum(_hugs(points, other.points) for other in drawn)
+    return 20*met + 5*outside + .8*hugged + abs(curve.bend)
+
+def _route(
+    t: Trace, boxes: Mapping[str, np.ndarray], size: tuple[float, float],
+) -> list[_Curve]: # Short arrows first
+    "A curve for each arrow"
+    def length(arrow):
+        return np.linalg.norm(_center(boxes[arrow.source]) - _center(boxes[arrow.target]))
     drawn = []
-    def length(a): return float(np.linalg.norm(_center(boxes[a.source]) - _center(boxes[a.target])))
-    def cost(a, bend):
-        _, points = _curve(boxes[a.source], boxes[a.target], bend)
-        met = sum(_within(points, box).mean() for name, box in boxes.items() if name not in (a.source, a.target))
-        outside = (points < .02).any() or (points > np.array(size) - .02).any()
-        hugged = sum((np.linalg.norm(points[8:-8, None] - other[None, 8:-8], axis=-1).min(1) < .05).mean() for *_, other in drawn)
-        return 20*met + 5*outside + .8*hugged + abs(bend)
-    for a in sorted(t.arrows, key=length):
-        bend = min(_BENDS, key=partial(cost, a))
-        drawn.append((a, *_curve(boxes[a.source], boxes[a.target], bend)))
+    for arrow in sorted(t.arrows, key=length):
+        curves = [_curve(arrow, boxes, bend) for bend in _BENDS]
+        drawn.append(min(curves, key=partial(_ugliness, drawn=drawn, boxes=boxes, size=size)))
     return drawn
 
 # %% ../../nbs/inspect/02_drawing.ipynb #label
+_STOPS = (20, 18, 22, 16, 24, 14, 26, 12, 28, 10, 30)  # points of a curve, from its middle on
+
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     "Area that two boxes share"
-    return float(np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None)))
+    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    return float(np.prod(np.clip(sides, 0, None)))
 
-def _labels(drawn: list[tuple], boxes: dict[str, np.ndarray], font: float) -> list[tuple[str, np.ndarray]]:
+def _cover(
+    box: np.ndarray, boxes: Sequence[np.ndarray], words: Sequence[np.ndarray],
+    curves: Sequence[_Curve],
+) -> float:
+    "How much words at `box` would cover: boxes, other words, other curves"
+    on_boxes = sum(_overlap(box, other) for other in boxes)
+    on_words = sum(_overlap(box, other) for other in words)
+    on_curves = sum(_within(curve.points, box, 0).any() for curve in curves)
+    return 30*on_boxes + 20*on_words + .15*on_curves
+
+# %% ../../nbs/inspect/02_drawing.ipynb #place-words
+def _labels(
+    drawn: Sequence[_Curve], boxes: Mapping[str, np.ndarray], font: float,
+) -> list[tuple[str, np.ndarray]]:
     "The words of each arrow, and where they stand"
     placed, texts = [], []
-    def cost(points, half, i):
-        block = np.concatenate([points[i] - half, points[i] + half])
-        return (30*sum(_overlap(block, box) for box in boxes.values()) + 20*sum(_overlap(block, other) for other in placed)
-                + .15*sum(_within(other, block, 0).any() for *_, other in drawn if other is not points) + abs(i - 20)/400)
-    for arrow, _, points in drawn:
-        text = ", ".join(arrow.words)
+    for curve in drawn:
+        text = ", ".join(curve.arrow.words)
         if not text: continue
         half = np.array([_width(text, font)/2 + .03, .07])
-        i = min((20, 18, 22, 16, 24, 14, 26, 12, 28, 10, 30), key=partial(cost, points, half))
-        placed.append(np.concatenate([points[i] - half, points[i] + half]))
-        texts.append((text, points[i]))
+        others, spots, costs = [other for other in drawn if other is not curve], {}, {}
+        for i in _STOPS:
+            spots[i] = np.concatenate([curve.points[i] - half, curve.points[i] + half])
+            covered = _cover(spots[i], [*boxes.values()], placed, others)
+            costs[i] = covered + abs(i - 20)/400
+        best = min(_STOPS, key=costs.__getitem__)
+        placed.append(spots[best])
+        texts.append((text, curve.points[best]))
     return texts
 
 # %% ../../nbs/inspect/02_drawing.ipynb #ink
 _FILL = {"image": "#f2f2f2", "level": "#cfe2f3", "head": "#e6e6e6", "output": "#f2f2f2"}
 _PASTEL = ("#fde2c0", "#d5ecd0", "#e5d5ef", "#fdf3b8", "#cdebe6", "#f8d3da", "#e0e0c8", "#d8dcf5")
 
-def _ink(ax: Axes, t: Trace, boxes: dict[str, np.ndarray], texts: dict[str, str], font: float) -> None:
-    "Draw the boxes: one colour for each family of parts, pale where nothing is passed on to the decoder"
-    families, used = {}, {a.source for a in t.arrows if not a.inside}
-    for n, p in t.parts.items():
-        family = re.split(r"[.\d# ]", n.removeprefix("decoder."))[0]
-        if p.kind == "part": families.setdefault(family, _PASTEL[len(families) % len(_PASTEL)])
-        idle = p.missing or (p.kind in ("image", "level") and n not in used)
-        (x0, y0, x1, y1), pad = boxes[n], .04
-        ax.add_patch(FancyBboxPatch((x0 + pad, y0 + pad), x1 - x0 - 2*pad, y1 - y0 - 2*pad, boxstyle=f"round,pad={pad},rounding_size=.06",
-                                    fc="white" if idle else _FILL.get(p.kind) or families[family], ec=".75" if idle else ".4", lw=.8,
-                                    ls="--" if p.missing else "-", zorder=3))
-        ax.text(*_center(boxes[n]), texts[n], ha="center", va="center", fontsize=font, linespacing=1.15, zorder=4,
-                color=".55" if idle else "k")
+def _colors(t: Trace) -> dict[str, str]:
+    "A colour for each part: one for each family of parts, white where nothing is passed on"
+    families, colors = {}, {}
+    used = {arrow.source for arrow in t.arrows if not arrow.inside}
+    for name, part in t.parts.items():
+        family = re.split(r"[.\d# ]", name.removeprefix("decoder."))[0]
+        if part.kind == "part": families.setdefault(family, _PASTEL[len(families) % len(_PASTEL)])
+        idle = part.missing or (part.kind in ("image", "level") and name not in used)
+        colors[name] = "white" if idle else _FILL.get(part.kind) or families[family]
+    return colors
+
+def _draw_box(ax: Axes, box: np.ndarray, text: str, color: str, font: float, dashed: bool) -> None:
+    idle, pad = color == "white", .04
+    corner, (width, height) = box[:2] + pad, box[2:] - box[:2] - 2*pad
+    ax.add_patch(FancyBboxPatch(
+        corner, width, height, boxstyle=f"round,pad={pad},rounding_size=.06", lw=.8, zorder=3,
+        fc=color, ec=".75" if idle else ".4", ls="--" if dashed else "-"))
+    ax.text(*_center(box), text, ha="center", va="center", fontsize=font, linespacing=1.15,
+            color=".55" if idle else "k", zorder=4)
+
+# %% ../../nbs/inspect/02_drawing.ipynb #draw-arrows
+def _draw_arrow(ax: Axes, curve: _Curve) -> None:
+    path = Path(curve.control, [Path.MOVETO, Path.CURVE3, Path.CURVE3])
+    inside = curve.arrow.inside
+    ax.add_patch(FancyArrowPatch(
+        path=path, arrowstyle="-|>", mutation_scale=9, lw=.9, shrinkA=0, shrinkB=0, zorder=2,
+        color=".6" if inside else ".3", ls=":" if inside else "-"))
+
+def _draw_words(ax: Axes, text: str, at: np.ndarray, font: float) -> None:
+    ax.text(*at, text, fontsize=font, color=".2", ha="center", va="center", zorder=5,
+            bbox=dict(boxstyle="square,pad=.08", fc="white", ec="none", alpha=.88))
+
+def _draw_titles(
+    ax: Axes, t: Trace, boxes: Mapping[str, np.ndarray], top: float, font: float,
+) -> None:
+    "The words encoder, decoder and heads above their columns"
+    if all(part.kind != "level" for part in t.parts.values()): return
+    for title, kind in (("encoder", "level"), ("decoder", "part"), ("heads", "head")):
+        group = [box for name, box in boxes.items() if t.parts[name].kind == kind]
+        if not group: continue
+        x = (min(box[0] for box in group) + max(box[2] for box in group))/2
+        ax.text(x, top - .16, title, ha="center", va="center", weight="bold", fontsize=font)
 
 # %% ../../nbs/inspect/02_drawing.ipynb #figure
+def _check_names(t: Trace, *given: Mapping[str, object]) -> None:
+    for name in (name for names in given for name in names):
+        if name in t.parts: continue
+        raise ValueError(f"no part is called {name!r}; the parts are {', '.join(t.parts)}")
+
 def figure(
     t: Trace, # What `trace` returned
     names: Mapping[str, str] | None = None, # Other names for some boxes, by the name of the part
-    places: Mapping[str, tuple[float, float]] | None = None, # Column and row for some boxes, instead of the automatic ones
+    places: Mapping[str, tuple[float, float]] | None = None, # Column and row for some boxes
     font: float = 8.5, # Size of the letters in points
     width: float = 10.2, # Width in inches that the figure should not exceed
 ) -> Figure: # The drawing
     "Draw parts and arrows"
-    texts = {n: _text(p, names or {}) for n, p in t.parts.items()}
-    unknown = [n for n in {**(names or {}), **(places or {})} if n not in t.parts]
-    if unknown: raise ValueError(f"no part is called {unknown[0]!r}; the parts are {', '.join(t.parts)}")
-    boxes, size = _layout(t, _places(t) | dict(places or {}), texts, font, width)
+    names, places = names or {}, places or {}
+    _check_names(t, names, places)
+    texts = {name: _text(part, names) for name, part in t.parts.items()}
+    spots = _places(t) | {name: _Spot(*place) for name, place in places.items()}
+    boxes, size = _layout(spots, texts, font, width)
     fig = plt.figure(figsize=size)
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, size[0]), ylim=(0, size[1]))
     ax.axis("off")
-    _ink(ax, t, boxes, texts, font)
-    drawn = _route(t, boxes, size)
-    for arrow, control, _ in drawn:
-        ax.add_patch(FancyArrowPatch(path=Path(control, [Path.MOVETO, Path.CURVE3, Path.CURVE3]), arrowstyle="-|>", mutation_scale=9, lw=.9,
-                                     color=".6" if arrow.inside else ".3", ls=":" if arrow.inside else "-", shrinkA=0, shrinkB=0, zorder=2))
-    for text, (x, y) in _labels(drawn, boxes, font - 1.5):
-        ax.text(x, y, text, fontsize=font - 1.5, color=".2", ha="center", va="center", zorder=5,
-                bbox=dict(boxstyle="square,pad=.08", fc="white", ec="none", alpha=.88))
-    for title, kind in (("encoder", "level"), ("decoder", "part"), ("heads", "head")):
-        group = [box for n, box in boxes.items() if t.parts[n].kind == kind]
-        if group and any(p.kind == "level" for p in t.parts.values()):
-            ax.text((min(b[0] for b in group) + max(b[2] for b in group))/2, size[1] - .16, title, ha="center", va="center",
-                    weight="bold", fontsize=font + .5)
+    for name, color in _colors(t).items():
+        _draw_box(ax, boxes[name], texts[name], color, font, t.parts[name].missing)
+    curves = _route(t, boxes, size)
+    for curve in curves: _draw_arrow(ax, curve)
+    for text, at in _labels(curves, boxes, font - 1.5): _draw_words(ax, text, at, font - 1.5)
+    _draw_titles(ax, t, boxes, size[1], font + .5)
     return fig
 
 # %% ../../nbs/inspect/02_drawing.ipynb #draw
 def draw(
     model: nn.Module | Trace, # A model, or what `trace` returned
-    image: Tensor | int | tuple[int, int] = 256, # A batch `(b, c, h, w)`, or a size for an image of zeros
-    parts: Sequence[str] | None = None, # Patterns for the names of the parts, such as `"decoder.blocks.*"`; chosen by default
+    image: Tensor | int | tuple[int, int] = 256, # A batch `(b, c, h, w)`, or a size
+    parts: Sequence[str] | None = None, # Patterns such as `"decoder.blocks.*"`; chosen by default
     names: Mapping[str, str] | None = None, # Other names for some boxes, by the name of the part
-    places: Mapping[str, tuple[float, float]] | None = None, # Column and row for some boxes, instead of the automatic ones
+    places: Mapping[str, tuple[float, float]] | None = None, # Column and row for some boxes
     encoder: str = "encoder", # Path of the module whose answer is a list of levels
 ) -> "Image": # Picture for the notebook
     "Draw an architecture from one run"
-    return show(figure(model if isinstance(model, Trace) else trace(model, image, parts, encoder), names, places))
+    traced = model if isinstance(model, Trace) else trace(model, image, parts, encoder)
+    return show(figure(traced, names, places))

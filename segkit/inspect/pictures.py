@@ -7,12 +7,14 @@ __all__ = ['STYLE', 'photograph', 'show', 'table', 'palette', 'colorize', 'overl
 
 # %% ../../nbs/inspect/00_pictures.ipynb #imports
 import io
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,26 +22,33 @@ if TYPE_CHECKING: from IPython.display import Image, Markdown
 
 # %% ../../nbs/inspect/00_pictures.ipynb #photograph
 def photograph(
-    size: int | tuple[int, int] | None = None, # Side of a square, or height and width; as stored (427 x 640) by default
+    size: int | tuple[int, int] | None = None, # Side of a square, or height and width
     name: str = "china", # A sample picture of scikit-learn: `"china"` or `"flower"`
-) -> Tensor: # Values from 0 to 1, float32 `(1, 3, h, w)`
+) -> Tensor: # Values from 0 to 1, float32 `(1, 3, h, w)`; 427 x 640 without a `size`
     "A photograph that needs no download, as a batch of one"
-    try: from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise ImportError("photograph needs scikit-learn: pip install 'segkit[examples]'") from error
     from PIL import Image, ImageOps
+    from sklearn.datasets import load_sample_images
     sample = load_sample_images()
-    pictures = {file.rsplit("/")[-1].removesuffix(".jpg"): pixels for file, pixels in zip(sample.filenames, sample.images)}
-    if name not in pictures: raise ValueError(f"name={name!r}: expected one of {sorted(pictures)}")
-    picture = Image.fromarray(pictures[name])
+    names = [file.rsplit("/")[-1].removesuffix(".jpg") for file in sample.filenames]
+    if name not in names: raise ValueError(f"name={name!r}: expected one of {sorted(names)}")
+    picture = Image.fromarray(sample.images[names.index(name)])
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.BOX)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()/255
 
 # %% ../../nbs/inspect/00_pictures.ipynb #show
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
-         "axes.labelsize": 9, "legend.frameon": False, "figure.constrained_layout.use": False}
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.titlesize": 9, "axes.labelsize": 9, "legend.frameon": False,
+         "figure.constrained_layout.use": False}
+
+def _compressed(picture: Any, photo: bool, step: int) -> bytes:
+    "A JPEG of quality `step`, or a PNG of `step` colours"
+    from PIL import Image
+    stored = io.BytesIO()
+    if photo: picture.save(stored, "jpeg", quality=step, optimize=True)
+    else: picture.quantize(step, dither=Image.Dither.NONE).save(stored, "png", optimize=True)
+    return stored.getvalue()
 
 def show(
     fig: Figure, # A finished figure; it is closed
@@ -55,52 +64,70 @@ def show(
     plt.close(fig)
     picture = Image.open(raw).convert("RGB")
     for step in (70, 60, 50, 40) if photo else (64, 40, 24, 16):
-        stored = io.BytesIO()
-        if photo: picture.save(stored, "jpeg", quality=step, optimize=True)
-        else: picture.quantize(step, dither=Image.Dither.NONE).save(stored, "png", optimize=True)
-        if stored.tell() <= limit: return Stored(stored.getvalue(), format="jpeg" if photo else "png")
-    raise ValueError(f"the picture needs {stored.tell():,} bytes, above the limit of {limit:,}: make the figure smaller"
-                     + ("" if photo else ", or pass photo=True if it holds a photograph"))
+        data = _compressed(picture, photo, step)
+        if len(data) <= limit: return Stored(data, format="jpeg" if photo else "png")
+    hint = "" if photo else ", or pass photo=True if it holds a photograph"
+    raise ValueError(f"the picture needs {len(data):,} bytes, above the limit of {limit:,}: "
+                     f"make the figure smaller{hint}")
 
 # %% ../../nbs/inspect/00_pictures.ipynb #table
+def _markdown_row(cells: Sequence[Any]) -> str:
+    escaped = [str(cell).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
 def table(
     header: Sequence[Any], # Titles of the columns
     rows: Sequence[Sequence[Any]], # Cells, row by row; anything that `str` can write
-    left: int = 1, # How many of the first columns are set to the left; the others to the right
+    left: int = 1, # How many columns are set to the left; the others to the right
 ) -> "Markdown": # Table for the notebook
     "A Markdown table"
     from IPython.display import Markdown
     for i, row in enumerate(rows):
-        if len(row) != len(header): raise ValueError(f"row {i} has {len(row)} cells, the header has {len(header)}: {list(row)}")
-    lines = [header, ["---"]*left + ["--:"]*(len(header) - left), *rows]
-    return Markdown("\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines))
+        if len(row) == len(header): continue
+        raise ValueError(f"row {i} has {len(row)} cells, the header has {len(header)}: {list(row)}")
+    ruler = ["---"]*left + ["--:"]*(len(header) - left)
+    return Markdown("\n".join(map(_markdown_row, [header, ruler, *rows])))
 
 # %% ../../nbs/inspect/00_pictures.ipynb #eyes
-_EYES = np.array([ # Machado et al. 2009, severity 1: linear RGB as seen without a deficiency, without green cones, without red cones
-    [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-    [[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]],
-    [[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]]])
+_EYES = np.array([ # linear RGB (Machado et al. 2009, severity 1) as seen
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1]],  # without a deficiency
+    [[.367322, .860646, -.227968],  # without green cones
+     [.280085, .672501, .047413],
+     [-.011820, .042940, .968881]],
+    [[.152286, 1.052583, -.204868],  # without red cones
+     [.114503, .786281, .099216],
+     [-.003882, -.048116, 1.051998]]])
+_CONES = np.array([ # linear RGB to the answers of the cones (Ottosson 2020)
+    [.4122214708, .5363325363, .0514459929],
+    [.2119034982, .6806995451, .1073969566],
+    [.0883024619, .2817188376, .6299787005]])
+_OKLAB = np.array([ # their cube roots to lightness, green-red and blue-yellow
+    [.2104542553, .7936177850, -.0040720468],
+    [1.9779984951, -2.4285922050, .4505937099],
+    [.0259040371, .7827717662, -.8086757660]])
 
-def _seen(rgb: np.ndarray) -> np.ndarray:
+def _oklab(rgb: np.ndarray) -> np.ndarray:
     "Colours `(n, 3)` of 0 to 255 in Oklab, as three eyes see them `(3, n, 3)`"
     x = np.asarray(rgb)/255
     linear = np.where(x <= .04045, x/12.92, ((x + .055)/1.055)**2.4)
-    linear = np.clip(np.einsum("eij,nj->eni", _EYES, linear), 0, 1)
-    cones = linear @ np.array([[.4122214708, .5363325363, .0514459929], [.2119034982, .6806995451, .1073969566],
-                               [.0883024619, .2817188376, .6299787005]]).T
-    return np.cbrt(cones) @ np.array([[.2104542553, .7936177850, -.0040720468], [1.9779984951, -2.4285922050, .4505937099],
-                                      [.0259040371, .7827717662, -.8086757660]]).T
+    seen = np.clip(np.einsum("eij,nj->eni", _EYES, linear), 0, 1)
+    return np.cbrt(seen @ _CONES.T) @ _OKLAB.T
 
 # %% ../../nbs/inspect/00_pictures.ipynb #palette
+_OKABE_ITO = np.array([  # their black is a little lighter here
+    [34, 34, 34], [230, 159, 0], [86, 180, 233], [0, 158, 115],
+    [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]])
+
 @lru_cache
 def _palette(classes: int) -> np.ndarray:
-    colors = np.array([[34, 34, 34], [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178],
-                       [213, 94, 0], [204, 121, 167]])  # Okabe and Ito; their black is a little lighter here
-    grid = np.stack(np.meshgrid(*[np.linspace(30, 240, 8).round()]*3), -1).reshape(-1, 3)
-    others = _seen(grid)
+    "Okabe and Ito's colours, then again and again the one that is farthest from all others"
+    colors, steps = _OKABE_ITO, np.linspace(30, 240, 8).round()
+    candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+    seen = _oklab(candidates)
     while len(colors) < classes:
-        distance = np.linalg.norm(others[:, :, None] - _seen(colors)[:, None], axis=-1)  # (eye, candidate, colour)
-        colors = np.vstack([colors, grid[distance.min((0, 2)).argmax()]])
+        apart = seen[:, :, None] - _oklab(colors)[:, None]  # (eye, candidate, colour, channel)
+        nearest = np.linalg.norm(apart, axis=-1).min((0, 2))
+        colors = np.vstack([colors, candidates[nearest.argmax()]])
     return colors[:classes].astype(np.uint8)
 
 def palette(
@@ -113,145 +140,198 @@ def palette(
 # %% ../../nbs/inspect/00_pictures.ipynb #colorize
 def _array(image: Any) -> np.ndarray:
     "A tensor, array or PIL image as an array"
-    return image.detach().cpu().as_subclass(Tensor).numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if isinstance(image, Tensor): return image.detach().cpu().as_subclass(Tensor).numpy()
+    return np.asarray(image)
 
-def colorize(
-    mask: Any, # Classes, whole numbers `(h, w)`, `(1, h, w)` or `(1, 1, h, w)`; tensor or array
-    colors: np.ndarray | None = None, # A colour for each class, 0 to 255 `(classes, 3)`; `palette` by default
-    void: int = 255, # The number that marks pixels without a class; negative numbers always do
-) -> np.ndarray: # Picture, uint8 `(h, w, 3)`
-    "A mask as a picture: a colour for each class, stripes for void"
+def _classes(mask: Any) -> np.ndarray:
+    "A mask as whole numbers `(h, w)`"
     mask = _array(mask)
-    if mask.dtype.kind not in "iub": raise TypeError(f"a mask holds whole numbers, got {mask.dtype}: take the argmax of logits first")
+    if mask.dtype.kind not in "iub":
+        raise TypeError(f"a mask holds whole numbers, got {mask.dtype}: "
+                        "take the argmax of logits first")
     while mask.ndim > 2 and len(mask) == 1: mask = mask[0]
     if mask.ndim != 2: raise ValueError(f"expected a mask (h, w), got shape {mask.shape}")
-    mask = mask.astype(np.int64)
-    known = (mask >= 0) & (mask != void)
-    top = mask[known].max(initial=0)
-    if colors is None: colors = palette(max(8, int(top) + 1))
-    if top >= len(colors): raise ValueError(f"the mask holds class {top}, but there are only {len(colors)} colours")
-    row, column = np.indices(mask.shape)
-    stripes = np.where((row + column) % 8 < 4, 245, 165)[..., None]
-    return np.where(known[..., None], np.asarray(colors)[np.where(known, mask, 0)], stripes).astype(np.uint8)
+    return mask.astype(np.int64)
+
+def _stripes(shape: tuple[int, int]) -> np.ndarray:
+    "Grey diagonal stripes `(h, w, 1)`"
+    row, column = np.indices(shape)
+    return np.where((row + column) % 8 < 4, 245, 165)[..., None]
+
+# %% ../../nbs/inspect/00_pictures.ipynb #colorize-mask
+def colorize(
+    mask: Any, # Classes, whole numbers `(h, w)`, `(1, h, w)` or `(1, 1, h, w)`; tensor or array
+    colors: np.ndarray | None = None, # A colour for each class, 0 to 255; `palette` by default
+    void: int = 255, # Marks pixels without a class; negative numbers always do
+) -> np.ndarray: # Picture, uint8 `(h, w, 3)`
+    "A mask as a picture: a colour for each class, stripes for void"
+    mask = _classes(mask)
+    labelled = (mask >= 0) & (mask != void)
+    top = int(mask[labelled].max(initial=0))
+    if colors is None: colors = palette(max(8, top + 1))
+    if top >= len(colors):
+        raise ValueError(f"the mask holds class {top}, but there are only {len(colors)} colours")
+    picture = np.asarray(colors)[np.where(labelled, mask, 0)]
+    return np.where(labelled[..., None], picture, _stripes(mask.shape)).astype(np.uint8)
 
 # %% ../../nbs/inspect/00_pictures.ipynb #overlay
 def overlay(
-    image: Any, # Picture: a tensor `(3, h, w)` or `(1, 3, h, w)`, or an array `(h, w, 3)`; floats from 0 to 1, or uint8
+    image: Any, # Picture: a tensor `(3, h, w)` or `(1, 3, h, w)`, or an array `(h, w, 3)`
     mask: Any, # Classes, whole numbers `(h, w)`
     alpha: float = .5, # How much of the colour is seen, from 0 to 1
-    colors: np.ndarray | None = None, # A colour for each class, 0 to 255 `(classes, 3)`; `palette` by default
-    void: int = 255, # The number that marks pixels without a class; negative numbers always do
+    colors: np.ndarray | None = None, # A colour for each class, 0 to 255; `palette` by default
+    void: int = 255, # Marks pixels without a class; negative numbers always do
     background: int | None = 0, # The class that is left uncoloured
 ) -> np.ndarray: # Picture, values from 0 to 1, `(h, w, 3)`
-    "A picture with the colours of a mask over it"
+    "A picture (floats from 0 to 1, or uint8) with the colours of a mask over it"
     image, tint = _pixels(image), colorize(mask, colors, void)/255
-    if image.shape != tint.shape: raise ValueError(f"the picture has shape {image.shape[:2]}, the mask {tint.shape[:2]}")
-    clear = False if background is None else _array(mask).reshape(tint.shape[:2]) == background
+    if image.shape != tint.shape:
+        raise ValueError(f"the picture has shape {image.shape[:2]}, the mask {tint.shape[:2]}")
+    clear = False if background is None else _classes(mask) == background
     weight = np.where(clear, 0, alpha)[..., None]
     return image*(1 - weight) + tint*weight
 
 # %% ../../nbs/inspect/00_pictures.ipynb #pixels
-def _pixels(image: Any, colors: np.ndarray | None = None, void: int = 255, stretch: bool = False) -> np.ndarray:
-    "Any picture or mask as floats `(h, w, 3)` from 0 to 1"
+def _channels_last(image: Any) -> np.ndarray:
+    "Any picture, mask or map of one channel as `(h, w)` or `(h, w, 3)`"
     channels_first = isinstance(image, Tensor)
-    if hasattr(image, "convert"): image = image.convert("RGB")
-    x = _array(image)
+    x = _array(image.convert("RGB") if hasattr(image, "convert") else image)
     if x.ndim == 4 and len(x) == 1: x = x[0]
     if x.ndim == 3 and channels_first: x = x.transpose(1, 2, 0)
     if x.ndim == 3 and x.shape[-1] == 1: x = x[..., 0]
-    if x.ndim not in (2, 3) or (x.ndim == 3 and x.shape[-1] != 3):
-        wanted = "(h, w), (3, h, w) or (1, 3, h, w)" if channels_first else "(h, w) or (h, w, 3)"
-        raise ValueError(f"expected one picture {wanted}, got shape {tuple(image.shape)}; `feature_maps` draws maps of any width")
-    if x.dtype.kind in "iub":
-        return (colorize(x, colors, void) if x.ndim == 2 else x)/255
+    if x.ndim == 2 or (x.ndim == 3 and x.shape[-1] == 3): return x
+    wanted = "(h, w), (3, h, w) or (1, 3, h, w)" if channels_first else "(h, w) or (h, w, 3)"
+    raise ValueError(f"expected one picture {wanted}, got shape {tuple(image.shape)}; "
+                     "`feature_maps` draws maps of any width")
+
+def _pixels(
+    image: Any, colors: np.ndarray | None = None, void: int = 255, stretch: bool = False,
+) -> np.ndarray:
+    "Any picture or mask as floats `(h, w, 3)` from 0 to 1"
+    x = _channels_last(image)
+    if x.dtype.kind in "iub": return (colorize(x, colors, void) if x.ndim == 2 else x)/255
     if not np.isfinite(x).all(): raise ValueError("the picture holds NaN or infinite values")
     x = x.astype(np.float64)
     if stretch: x = (x - x.min())/max(x.max() - x.min(), 1e-12)
-    return np.broadcast_to((x if x.ndim == 3 else x[..., None]).clip(0, 1), (*x.shape[:2], 3))
+    if x.ndim == 2: x = x[..., None]
+    return np.broadcast_to(x.clip(0, 1), (*x.shape[:2], 3))
 
 # %% ../../nbs/inspect/00_pictures.ipynb #strip
+def _is_photograph(picture: np.ndarray) -> bool:
+    "Whether a picture holds more than 64 colours"
+    colors = (picture*255).astype(np.uint8).reshape(-1, 3)
+    return len(np.unique(colors, axis=0)) > 64
+
+def _legend(fig: Figure, classes: Sequence[str], colors: np.ndarray | None) -> None:
+    "The names of the classes below a figure"
+    if colors is None: colors = palette(max(8, len(classes)))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color/255) for color in np.asarray(colors)]
+    fig.legend(handles[:len(classes)], classes, loc="upper center", bbox_to_anchor=(.5, 0),
+               ncols=min(len(classes), 6), fontsize=9, handlelength=1, handleheight=1,
+               columnspacing=1.2)
+
+def _draw_picture(ax: Axes, picture: np.ndarray, title: str) -> None:
+    smooth = "nearest" if picture.shape[1] < 160 else "antialiased"
+    ax.imshow(picture, interpolation=smooth)
+    ax.set_title(title, fontsize=9, pad=3)
+
+# %% ../../nbs/inspect/00_pictures.ipynb #strip-itself
 def strip(
-    images: Sequence[Any], # Pictures and masks; tensors `(c, h, w)`, arrays `(h, w, c)`, whole numbers `(h, w)` are masks
+    images: Sequence[Any], # Tensors `(c, h, w)`, arrays `(h, w, c)`; whole numbers are masks
     titles: Sequence[str] | None = None, # A title above each picture
     columns: int = 4, # Pictures to a row
     size: float | None = None, # Width of a picture in inches; by default the row fills the page
     photo: bool | None = None, # Store a JPEG; by default if a picture holds more than 64 colours
     rows: Sequence[str] | None = None, # A name to the left of each row
     classes: Sequence[str] | None = None, # Names of the classes, for a legend below
-    colors: np.ndarray | None = None, # A colour for each class, 0 to 255 `(classes, 3)`; `palette` by default
-    void: int = 255, # The number that marks pixels without a class; negative numbers always do
+    colors: np.ndarray | None = None, # A colour for each class, 0 to 255; `palette` by default
+    void: int = 255, # Marks pixels without a class; negative numbers always do
     stretch: bool = False, # Scale the values of each picture of floats to the range from 0 to 1
 ) -> "Image": # Picture for the notebook
     "Pictures and masks side by side"
     if not len(images): raise ValueError("no pictures given")
-    if titles is not None and len(titles) != len(images): raise ValueError(f"{len(titles)} titles for {len(images)} pictures")
+    if titles is None: titles = [""]*len(images)
+    elif len(titles) != len(images):
+        raise ValueError(f"{len(titles)} titles for {len(images)} pictures")
     pictures = [_pixels(image, colors, void, stretch) for image in images]
+    if photo is None: photo = any(map(_is_photograph, pictures))
     columns = min(columns, len(images))
-    if photo is None: photo = any(len(np.unique((p*255).astype(np.uint8).reshape(-1, 3), axis=0)) > 64 for p in pictures)
-    fig, axes = _grid(pictures, columns, size or min(8.4/columns, 3.2), max((t.count("\n") + 1 for t in titles or []), default=0))
-    for ax, picture, title in zip(axes.flat, pictures, titles or [""]*len(pictures)):
-        ax.imshow(picture, interpolation="nearest" if picture.shape[1] < 160 else "antialiased")
-        ax.set_title(title, fontsize=9, pad=3)
-    for ax, name in zip(axes[:, 0], rows or []): ax.text(-.04, .5, name, ha="right", va="center", transform=ax.transAxes)
-    if classes is not None:
-        colors = palette(max(8, len(classes))) if colors is None else colors
-        handles = [plt.Rectangle((0, 0), 1, 1, color=color/255) for color in np.asarray(colors)]
-        fig.legend(handles[:len(classes)], classes, loc="upper center", bbox_to_anchor=(.5, 0), ncols=min(len(classes), 6), fontsize=9,
-                   handlelength=1, handleheight=1, columnspacing=1.2)
+    lines = max(title.count("\n") + 1 for title in titles) if any(titles) else 0
+    fig, axes = _grid(pictures, columns, size or min(8.4/columns, 3.2), lines)
+    for ax, picture, title in zip(axes.flat, pictures, titles): _draw_picture(ax, picture, title)
+    for ax, name in zip(axes[:, 0], rows or []):
+        ax.text(-.04, .5, name, ha="right", va="center", transform=ax.transAxes)
+    if classes is not None: _legend(fig, classes, colors)
     return show(fig, photo)
 
 # %% ../../nbs/inspect/00_pictures.ipynb #grid
-def _grid(pictures: list[np.ndarray], columns: int, size: float, lines: int) -> tuple[Figure, np.ndarray]:
-    "Empty axes for pictures of one width, each row as high as its highest picture, with room for titles of some `lines`"
+def _grid(
+    pictures: Sequence[np.ndarray], columns: int, size: float, lines: int,
+) -> tuple[Figure, np.ndarray]:
+    "Empty axes for pictures of one width, with room for titles of some `lines`"
     rows = [pictures[i:i+columns] for i in range(0, len(pictures), columns)]
-    heights = [max(p.shape[0]/p.shape[1] for p in row)*size + .19*lines + .06 for row in rows]
-    fig = plt.figure(figsize=(size*columns, sum(heights)))
+    highest = [max(p.shape[0]/p.shape[1] for p in row)*size for row in rows]
+    title = .19*lines + .06
+    total = sum(highest) + title*len(rows)
+    fig = plt.figure(figsize=(size*columns, total))
     axes, y = np.empty((len(rows), columns), dtype=object), 1.
-    for r, height in enumerate(heights):
-        y -= height/sum(heights)
+    for r, height in enumerate(highest):
+        y -= (height + title)/total
         for c in range(columns):
-            body = (height - .19*lines - .06)/sum(heights)
-            axes[r, c] = ax = fig.add_axes([(c + .015)/columns, y, .97/columns, body])
-            ax.axis("off")
+            left, width = (c + .015)/columns, .97/columns
+            axes[r, c] = fig.add_axes([left, y, width, height/total])
+            axes[r, c].axis("off")
     return fig, axes
 
 # %% ../../nbs/inspect/00_pictures.ipynb #components
+def _one_map(features: Tensor) -> Tensor:
+    "A feature map as `(c, h, w)` in float64"
+    if features.dim() == 3: features = features[None]
+    if features.dim() == 4 and len(features) == 1: return features[0].detach().cpu().double()
+    shape = tuple(features.shape)
+    raise ValueError(f"expected one map (c, h, w) or (1, c, h, w), got shape {shape}")
+
 def components(
     features: Tensor, # A feature map `(1, c, h, w)` or `(c, h, w)`
     n: int = 3, # How many components
-) -> tuple[Tensor, Tensor]: # Components `(n, h, w)` in float64, strongest first, and their shares of the variance `(n,)`
+) -> tuple[Tensor, Tensor]: # `(n, h, w)` in float64, strongest first; shares of the variance `(n,)`
     "The directions of the channels in which the cells of a map differ most"
-    x = features.detach().double().cpu().reshape(-1, *features.shape[-3:])
-    if len(x) != 1: raise ValueError(f"expected one map (c, h, w) or (1, c, h, w), got shape {tuple(features.shape)}")
-    cells = x[0].flatten(1).T
-    cells = cells - cells.mean(0)
-    values, vectors = torch.linalg.eigh(cells.T @ cells)
-    values, vectors = values.flip(0)[:n].clamp(min=0), vectors.flip(1)[:, :n]
-    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-    maps = torch.zeros(n, *x.shape[-2:], dtype=torch.float64)
-    maps[:len(values)] = (cells @ (vectors*signs)).T.reshape(-1, *x.shape[-2:])
-    shares = torch.zeros(n, dtype=torch.float64)
-    shares[:len(values)] = values/cells.square().sum().clamp(min=1e-30)
+    from sklearn.decomposition import PCA
+    x = _one_map(features)
+    cells = x.flatten(1).T.numpy()
+    maps, shares = torch.zeros(n, *x.shape[1:]).double(), torch.zeros(n).double()
+    if np.ptp(cells, axis=0).max() == 0: return maps, shares  # all cells are equal
+    solver = "covariance_eigh" if len(cells) > cells.shape[1] else "full"  # both are exact
+    pca = PCA(min(n, *cells.shape), svd_solver=solver)
+    found = torch.from_numpy(pca.fit_transform(cells)).T
+    maps[:len(found)] = found.reshape(-1, *x.shape[1:])
+    shares[:len(found)] = torch.from_numpy(pca.explained_variance_ratio_)
     return maps, shares
 
 # %% ../../nbs/inspect/00_pictures.ipynb #feature-maps
+def _stretched(maps: Tensor) -> Tensor:
+    "Maps `(n, h, w)`, the middle 98 % of the values of each from 0 to 1"
+    low, high = (maps.flatten(1).quantile(q, dim=1)[:, None, None] for q in (.01, .99))
+    return ((maps - low)/(high - low).clamp(min=1e-12)).clamp(0, 1)
+
 def feature_maps(
-    features: Sequence[Tensor] | dict[str, Tensor], # Maps `(1, c, h, w)`, a pyramid or anything else; those without channels are left out
-    method: str = "pca", # `"pca"`: three principal components as red, green, blue; `"mean"`: mean of the channels
-    titles: Sequence[str] | None = None, # A title for each map; by default its channels and size, and what the components hold
+    features: Sequence[Tensor] | dict[str, Tensor], # Maps `(1, c, h, w)`, such as a pyramid
+    method: str = "pca", # `"pca"`: three components as colours; `"mean"`: mean of the channels
+    titles: Sequence[str] | None = None, # A title for each map; by default channels, size, share
     **kwargs: Any, # Passed on to `strip`
 ) -> "Image": # Picture for the notebook
-    "Feature maps as pictures"
-    if method not in ("pca", "mean"): raise ValueError(f"method={method!r}: expected 'pca' or 'mean'")
-    if isinstance(features, dict): titles, features = titles or list(features), list(features.values())
+    "Feature maps as pictures; those without channels are left out"
+    if method not in ("pca", "mean"):
+        raise ValueError(f"method={method!r}: expected 'pca' or 'mean'")
+    if isinstance(features, dict):
+        titles, features = titles or list(features), list(features.values())
     pictures, texts = [], []
-    for i, f in enumerate(features):
-        if f.shape[-3] == 0: continue
-        if f.dim() == 4 and len(f) != 1: raise ValueError(f"expected one map (c, h, w) or (1, c, h, w), got shape {tuple(f.shape)}")
-        f = f.detach().double().cpu().reshape(f.shape[-3:])
-        maps, share = components(f) if method == "pca" else (f.mean(0, keepdim=True), None)
-        low, high = (maps.flatten(1).quantile(q, dim=1)[:, None, None] for q in (.01, .99))
-        pictures.append(((maps - low)/(high - low).clamp(min=1e-12)).clamp(0, 1))
-        text = f"{len(f)} ch, {f.shape[1]} x {f.shape[2]}" + ("" if share is None else f", {share.sum():.0%}")
+    for i, feature in enumerate(features):
+        if feature.shape[-3] == 0: continue
+        x = _one_map(feature)
+        maps, shares = components(x) if method == "pca" else (x.mean(0, keepdim=True), None)
+        pictures.append(_stretched(maps))
+        text = f"{len(x)} ch, {x.shape[1]} x {x.shape[2]}"
+        if shares is not None: text += f", {shares.sum():.0%}"
         texts.append(text if titles is None else titles[i])
     return strip(pictures, texts, **({"photo": True} | kwargs))

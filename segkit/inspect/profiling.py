@@ -8,32 +8,38 @@ __all__ = ['PartProfile', 'Profile', 'profile']
 # %% ../../nbs/inspect/04_profiling.ipynb #imports
 import time
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..inference.rewrites import _waiting
-from .costs import _bars, _Meter, _Payers, _short, Cost, cost
+from .costs import (
+    Attribution, Bill, Meter, Panel, cost, group_of, part_bars, short_number)
 from .pictures import table
-from .wiring import _image, _memory, _record, _tensors
+from .recording import (
+    Place, Recorder, example_image, memory_key, record, tensors_in)
 
 if TYPE_CHECKING: from IPython.display import Image, Markdown
 
 # %% ../../nbs/inspect/04_profiling.ipynb #clock
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    "A function that returns when `device` has finished all that it was given"
+    if device.type in ("cpu", "meta"): return lambda: None
+    return partial(torch.accelerator.synchronize, device)
+
 class _Clock(TorchDispatchMode):
     "Seconds spent inside elementary operations"
     def __init__(self, device: torch.device):
         super().__init__()
         self.seconds = 0.
-        self.wait = _waiting(device)
+        self.wait = _synchronizer(device)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.wait()
@@ -44,26 +50,36 @@ class _Clock(TorchDispatchMode):
         return made
 
 # %% ../../nbs/inspect/04_profiling.ipynb #live
-class _Live(TorchDispatchMode):
-    "Bytes of the tensors made since this began and still in use; `peak` is the largest number since it was set"
+class _LiveBytes(TorchDispatchMode):
+    "Bytes of the tensors made since this began and still in use"
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, {}
+        self.now = 0
+        self.peak = 0  # the largest number since it was last read
+        self.alive: dict[int, weakref.ref] = {}  # memory -> what tells us when it goes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {_memory(t) for t in _tensors((args, kwargs))}
+        given = {memory_key(t) for t in tensors_in((args, kwargs))}
         made = func(*args, **(kwargs or {}))
-        for t in _tensors(made):
-            storage = t.untyped_storage()
-            if storage._cdata in before or storage._cdata in self.known: continue
-            size = storage.nbytes()
-            def gone(_, key=storage._cdata, size=size):
-                del self.known[key]
-                self.now -= size
-            self.known[storage._cdata] = weakref.ref(storage, gone)
-            self.now += size
+        for t in tensors_in(made):
+            if memory_key(t) not in given: self.note(t.untyped_storage(), memory_key(t))
         self.peak = max(self.peak, self.now)
         return made
+
+    def note(self, storage: torch.UntypedStorage, key: int) -> None:
+        "Count a piece of memory until it goes"
+        if key in self.alive: return
+        size = storage.nbytes()
+        def gone(_):
+            del self.alive[key]
+            self.now -= size
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+
+    def read(self) -> int:
+        "The peak since the last reading"
+        peak, self.peak = max(self.peak, self.now), self.now
+        return peak
 
 # %% ../../nbs/inspect/04_profiling.ipynb #part
 @dataclass(frozen=True)
@@ -84,105 +100,132 @@ class Profile:
     parts: dict[str, PartProfile] # By name, in the order in which they ran
     size: tuple[int, int] # Height and width of the image
 
-    def __getitem__(self, name: str) -> PartProfile: # A part by its name, or "encoder", "decoder", "heads", "other"
+    def __getitem__(self, name: str) -> PartProfile: # A part or a group
         if name in self.parts: return self.parts[name]
-        group = [p for p in self.parts.values() if p.group == name]
-        if not group: raise KeyError(f"no part or group {name!r}; there are {', '.join(self.parts)}, encoder, decoder, heads")
-        return _sum(name, name, group)
+        return _together(name, name, group_of(name, self.parts))
 
     @property
-    def total(self) -> PartProfile: return _sum("all", "all", list(self.parts.values()))
+    def total(self) -> PartProfile: return _together("all", "all", list(self.parts.values()))
 
-    def table(self) -> "Markdown": # One row for each part
-        "Numbers and shares"
-        whole = self.total
-        def row(p, name):
-            return [name, _short(p.parameters), _short(p.multiply_adds), f"{p.seconds*1e3:.2f}", f"{p.seconds/max(whole.seconds, 1e-12):.0%}",
-                    f"{p.live/2**20:.1f}", f"{p.kept/2**20:.1f}"]
-        h, w = self.size
-        return table(["part", "parameters", f"multiply-adds at {h} x {w}", "time, ms", "share", "in use at most, MiB", "kept for the gradient, MiB"],
-                     [*[row(p, p.name) for p in self.parts.values()], row(whole, "**all**")])
+    def table(self) -> "Markdown": return _profile_table(self) # One row for each part
 
     def _repr_markdown_(self) -> str: return self.table().data
 
-    def plot(self) -> "Image": # Picture for the notebook
-        "Bars: the share of each part in the work, the time and the memory that training keeps"
-        parts = list(self.parts.values())
-        return _bars(parts, {"multiply-adds": ([p.multiply_adds for p in parts], _short),
-                             "time": ([p.seconds for p in parts], lambda s: f"{s*1e3:.3g} ms"),
-                             "kept for the gradient": ([p.kept for p in parts], lambda n: f"{n/2**20:.3g} MiB")}, shares=True)
+    def plot(self) -> "Image": return _profile_plot(self) # Bars: shares of work, time and memory
 
 # %% ../../nbs/inspect/04_profiling.ipynb #sum
-def _sum(name: str, group: str, parts: Sequence[PartProfile]) -> PartProfile:
+def _together(name: str, group: str, parts: Sequence[PartProfile]) -> PartProfile:
     "Parts taken together: what they use at one moment is not added"
-    added = {k: sum(getattr(p, k) for p in parts) for k in ("parameters", "multiply_adds", "seconds", "kept")}
-    return PartProfile(name, group, live=max((p.live for p in parts), default=0), **added)
+    return PartProfile(name, group,
+        parameters=sum(p.parameters for p in parts),
+        multiply_adds=sum(p.multiply_adds for p in parts),
+        seconds=sum(p.seconds for p in parts),
+        live=max((p.live for p in parts), default=0),
+        kept=sum(p.kept for p in parts))
+
+# %% ../../nbs/inspect/04_profiling.ipynb #profile-table
+def _mebibytes(n: float) -> str: return f"{n/2**20:.1f}"
+
+def _profile_table(profile: Profile) -> "Markdown":
+    "Numbers and shares"
+    whole, (height, width) = profile.total, profile.size
+    def row(name, part):
+        share = part.seconds/max(whole.seconds, 1e-12)
+        return [name, short_number(part.parameters), short_number(part.multiply_adds),
+                f"{part.seconds*1e3:.2f}", f"{share:.0%}",
+                _mebibytes(part.live), _mebibytes(part.kept)]
+    rows = [row(part.name, part) for part in profile.parts.values()]
+    header = ["part", "parameters", f"multiply-adds at {height} x {width}", "time, ms", "share",
+              "in use at most, MiB", "kept for the gradient, MiB"]
+    return table(header, [*rows, row("**all**", whole)])
+
+def _profile_plot(profile: Profile) -> "Image":
+    parts = list(profile.parts.values())
+    def milliseconds(s): return f"{s*1e3:.3g} ms"
+    def memory(n): return f"{n/2**20:.3g} MiB"
+    return part_bars(parts, [
+        Panel("multiply-adds", [p.multiply_adds for p in parts], short_number, shares=True),
+        Panel("time", [p.seconds for p in parts], milliseconds, shares=True),
+        Panel("kept for the gradient", [p.kept for p in parts], memory, shares=True)])
 
 # %% ../../nbs/inspect/04_profiling.ipynb #gauged
-class _Gauged(_Meter):
-    "A recorder that reads a gauge around every operation"
-    def __init__(self, model: nn.Module, image: Tensor, counter: FlopCounterMode, read: Callable[[], float]):
-        super().__init__(model, image, counter)
-        self.read, self.readings = read, []  # (call, value that was made or None, reading before, reading after)
+@dataclass(frozen=True)
+class _Job:
+    "What is profiled"
+    model: nn.Module
+    image: Tensor
+    parts: Sequence[str] | None
+    encoder: str
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before, values = self.read(), len(self.ops)
-        made = super().__torch_dispatch__(func, types, args, kwargs)
-        self.readings.append((self.stack[-1], values if len(self.ops) > values else None, before, self.read()))
-        return made
+    def payer(self, recorder: Recorder) -> Attribution:
+        "Who pays for what in a run"
+        return Attribution(self.model, recorder, self.parts, self.encoder)
 
-def _gauge(model: nn.Module, image: Tensor, gauge: TorchDispatchMode, read: Callable[[], float], parts: Any, encoder: str) -> list[tuple[str, float, float]]:
-    "Part, reading before and reading after each operation of one run"
-    with FlopCounterMode(display=False) as counter, gauge: seen = _record(model, image, _Gauged(model, image, counter, read))
-    payer = _Payers(model, seen, parts, encoder)
-    return [(payer(call, value), before, after) for call, value, before, after in seen.readings]
+    def readings(
+        self, gauge: TorchDispatchMode, read: Callable[[], float],
+    ) -> list[tuple[str, float, float]]:
+        "Part, reading before and reading after each operation of one run"
+        meter = Meter(self.model, self.image, read)
+        with gauge: record(self.model, self.image, meter)
+        payer = self.payer(meter)
+        return [(payer(place), before, after) for place, before, after in meter.readings]
+
+# %% ../../nbs/inspect/04_profiling.ipynb #seconds
+def _seconds(job: _Job) -> Counter[str]:
+    "Seconds of one run, by part"
+    clock, seconds = _Clock(job.image.device), Counter()
+    for name, before, after in job.readings(clock, lambda: clock.seconds):
+        seconds[name] += after - before
+    return seconds
+
+def _peak_bytes(job: _Job) -> dict[str, int]:
+    "The largest number of bytes in use, by part"
+    live, peaks = _LiveBytes(), defaultdict(int)
+    for name, _, after in job.readings(live, live.read): peaks[name] = max(peaks[name], after)
+    return peaks
 
 # %% ../../nbs/inspect/04_profiling.ipynb #kept
-def _kept(model: nn.Module, image: Tensor, parts: Any, encoder: str) -> dict[str, int]:
-    "Bytes that training keeps, by the part that made them"
-    weights = {_memory(t) for t in [*model.parameters(), *model.buffers(), image]}
-    saved = {}  # memory -> (call, value, bytes)
-    with FlopCounterMode(display=False) as counter:
-        meter = _Meter(model, image, counter)
-        def pack(t):
-            key = _memory(t)
-            if key not in weights: saved[key] = (meter.stack[-1], meter.held.get(key), t.untyped_storage().nbytes())
-            return t
-        with saved_tensors_hooks(pack, lambda t: t): seen = _record(model, image, meter, grad=True)
-    payer, kept = _Payers(model, seen, parts, encoder), defaultdict(int)
-    for call, value, size in saved.values(): kept[payer(*((call, None) if value is None else _first(seen.ops, value)))] += size
-    return kept
+def _place_of(t: Tensor, recorder: Recorder) -> Place:
+    "Where a tensor that is being kept was made; where it is kept, if it is not made of the image"
+    value = recorder.values.get(memory_key(t))
+    if value is None: return Place(recorder.stack[-1], None)
+    operation = recorder.operations[value]
+    return Place(operation.call, operation.first)
 
-def _first(ops: Sequence[Any], value: int) -> tuple[int, int]:
-    "Call and first output of the operation that made a value: the places of the largest elements, beside a pooled map, lead to no level"
-    while ops[value - 1][1:3] == ops[value][1:3]: value -= 1
-    return ops[value].call, value
+def _kept_bytes(job: _Job) -> Counter[str]:
+    "Bytes that training keeps, by the part that made them"
+    given = [*job.model.parameters(), *job.model.buffers(), job.image]
+    there = {memory_key(t) for t in given}
+    recorder, saved = Recorder(job.model, job.image), {}
+    def pack(t):
+        key = memory_key(t)
+        if key not in there: saved[key] = _place_of(t, recorder), t.untyped_storage().nbytes()
+        return t
+    with saved_tensors_hooks(pack, lambda t: t):
+        record(job.model, job.image, recorder, grad=True)
+    payer, kept = job.payer(recorder), Counter()
+    for place, size in saved.values(): kept[payer(place)] += size
+    return kept
 
 # %% ../../nbs/inspect/04_profiling.ipynb #profile
 def profile(
-    model: nn.Module, # A model with an encoder, or any other module that takes an image; it is left as it was
-    image: Tensor | int | tuple[int, int] = 256, # A batch `(b, c, h, w)`, or a size for an image of zeros
-    parts: Sequence[str] | None = None, # Patterns for the names of the parts, such as `"decoder.blocks.*"`; chosen by default
+    model: nn.Module, # A module that takes an image; it is left as it was
+    image: Tensor | int | tuple[int, int] = 256, # A batch `(b, c, h, w)`, or a size
+    parts: Sequence[str] | None = None, # Patterns such as `"decoder.blocks.*"`; chosen by default
     repeats: int = 5, # Runs with the clock, of which the median counts
     encoder: str = "encoder", # Path of the module whose answer is a list of levels
 ) -> Profile: # One row for each part; shown as a table
-    "Measure parameters, multiply-adds, time and memory by part, on the device of the model, in evaluation mode"
+    "Parameters, multiply-adds, time and memory by part, on the model's device, in evaluation mode"
     if repeats < 1: raise ValueError(f"repeats={repeats}: expected 1 or more")
-    image = _image(model, image)
-    counted, b = cost(model, image, parts, encoder), len(image)
-    times = [defaultdict(float) for _ in range(repeats)]
-    for seconds in times:
-        clock = _Clock(image.device)
-        for name, before, after in _gauge(model, image, clock, lambda clock=clock: clock.seconds, parts, encoder): seconds[name] += after - before
-    live, most = _Live(), defaultdict(int)
-    def read():
-        peak, live.peak = max(live.peak, live.now), live.now
-        return peak
-    for name, _, after in _gauge(model, image, live, read, parts, encoder): most[name] = max(most[name], after)
-    kept = _kept(model, image, parts, encoder)
-    names = {p.name: p.group for p in counted.bills.values()} | {n: "other" for n in kept if n not in counted.bills}
-    return Profile({n: PartProfile(n, g, *_counts(counted, n), median(s[n] for s in times)/b, most[n]//b, kept[n]//b) for n, g in names.items()}, counted.size)
-
-def _counts(counted: Cost, name: str) -> tuple[int, int]:
-    "Parameters and multiply-adds of a part, zero if it only moves memory"
-    return (counted.bills[name].parameters, counted.bills[name].multiply_adds) if name in counted.bills else (0, 0)
+    job = _Job(model, example_image(model, image), parts, encoder)
+    counted = cost(model, job.image, parts, encoder)
+    runs = [_seconds(job) for _ in range(repeats)]
+    peaks, kept = _peak_bytes(job), _kept_bytes(job)
+    n = len(job.image)
+    def measured(bill):
+        seconds = median(run[bill.name] for run in runs)
+        return PartProfile(bill.name, bill.group, bill.parameters, bill.multiply_adds,
+                           seconds/n, peaks[bill.name]//n, kept[bill.name]//n)
+    moved = [Bill(name, "other", 0, 0) for name in kept if name not in counted.bills]
+    bills = [*counted.bills.values(), *moved]
+    return Profile({bill.name: measured(bill) for bill in bills}, counted.size)

@@ -1,4 +1,4 @@
-from .callbacks import CheckLoss as CheckLoss
+from .callbacks import CheckOptimizer as CheckOptimizer
 from .callbacks import CheckTargets as CheckTargets
 from .callbacks import EMA as EMA
 from .callbacks import Checkpoint as Checkpoint

@@ -10,7 +10,8 @@ from typing import Sequence
 
 from torch import Tensor
 
-from .base import BINARY_MODE, SegmentationLoss, compute_dtype, count_pixels, safe_divide
+from ..core.task import BINARY_MODE
+from .base import Batch, SetLoss, mean_over_classes
 from .region import region_sums
 
 # %% ../../nbs/losses/04_correlation.ipynb #mcc
@@ -19,38 +20,39 @@ def mcc_score(
     pixels: Tensor, # Number of pixels `(...)`
     eps: float = 1e-5, # Added to each cell of the confusion table
 ) -> Tensor: # Correlation from -1 to 1 `(...)`
-    "Matthews correlation of two soft sets [(Abhishek and Hamarneh, 2020)](https://arxiv.org/abs/2010.13454)"
+    "Correlation of two soft sets [(Abhishek and Hamarneh, 2020)](https://arxiv.org/abs/2010.13454)"
     overlap, predicted, actual = sums
-    tp, fp, fn = overlap + eps, predicted - overlap + eps, actual - overlap + eps
+    tp = overlap + eps
+    fp = predicted - overlap + eps
+    fn = actual - overlap + eps
     tn = pixels - predicted - actual + overlap + eps
-    scale = ((tp + fp) * (tp + fn)).sqrt() * ((tn + fp) * (tn + fn)).sqrt()  # two roots: the product of four would overflow sooner
-    return (tp * tn - fp * fn) / scale
+    yes = ((tp + fp) * (tp + fn)).sqrt()  # two roots: the product of four would overflow sooner
+    no = ((tn + fp) * (tn + fn)).sqrt()
+    return (tp * tn - fp * fn) / (yes * no)
 
 # %% ../../nbs/losses/04_correlation.ipynb #loss
-class MCCLoss(SegmentationLoss):
-    "One minus the Matthews correlation coefficient [(Abhishek and Hamarneh, 2020)](https://arxiv.org/abs/2010.13454)"
+class MCCLoss(SetLoss):
+    "One minus the Matthews correlation [(Abhishek et al., 2020)](https://arxiv.org/abs/2010.13454)"
     def __init__(self,
         eps: float = 1e-5, # Added to each cell of the confusion table, above 0
         *,
         mode: str = BINARY_MODE, # `"binary"`, `"multiclass"` or `"multilabel"`
         ignore_index: int | None = None, # Target value of pixels that do not count
         from_logits: bool = False, # Whether predictions are logits, or else probabilities
-        class_weights: Sequence[float] | Tensor | None = None, # One weight for each class in the mean over classes
+        class_weights: Sequence[float] | Tensor | None = None, # One weight for each class
         reduction: str = "mean", # `"mean"`, `"sum"` or `"none"`
     ):
         super().__init__(mode, ignore_index, from_logits, reduction, class_weights)
-        if not eps > 0: raise ValueError(f"eps={eps}: expected a number above 0, or an empty mask divides by 0")
+        if not eps > 0:
+            raise ValueError(f"eps={eps}: expected a number above 0, or an empty mask divides by 0")
         self.eps = eps
 
-    def forward(self,
-        y_pred: Tensor, # Probabilities `(b, c, h, w)`, or logits with `from_logits`
-        y_true: Tensor, # Labels `(b, h, w)`, or values `(b, c, h, w)`
-    ) -> Tensor: # One number, or `(b,)` with `reduction="none"`
-        batch = self.prepare(y_pred, y_true)
-        sums, pixels = region_sums(batch, self.mode, self.from_logits), count_pixels(batch)
-        if self.reduction == "mean": sums, pixels = sums.sum(1), pixels.sum(0)
-        counts = pixels > 0
-        if self.mode != BINARY_MODE: counts = counts & (sums[2] > 0) & (sums[2] < pixels)
-        weights = counts.to(sums.dtype) if self.class_weights is None else counts * self.class_weights.to(sums.dtype)
-        loss = safe_divide(((1 - mcc_score(sums, pixels, self.eps)) * weights).sum(-1), weights.sum(-1))
-        return (loss.sum() if self.reduction == "sum" else loss).to(compute_dtype(y_pred))
+    def sums(self, batch: Batch) -> Tensor: # Overlap, predicted and actual sum `(3, b, c)`
+        return region_sums(batch, self.task)
+
+    def loss_of(self, sums: Tensor, pixels: Tensor) -> Tensor: # `(...)` from `(3, ..., c)`
+        counts, actual = pixels > 0, sums[2]
+        if self.mode != BINARY_MODE:  # only classes with a pixel and a background
+            counts = counts & (actual > 0) & (actual < pixels)
+        losses = 1 - mcc_score(sums, pixels, self.eps)
+        return mean_over_classes(losses, counts, self.class_weights)

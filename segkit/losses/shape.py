@@ -13,34 +13,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import (PIXEL_REDUCTIONS, SegmentationLoss, check_range, compute_dtype, count_pixels, probabilities, safe_divide,
-                                wide_dtype)
-from .distribution import _mean_over_classes, as_values
-from .region import _ChosenClassesLoss
+from .base import (PIXEL_REDUCTIONS, Batch, ChosenClassesLoss, SegmentationLoss,
+                                as_values, check_hard, count_pixels, mean_over_classes,
+                                probabilities, safe_divide, wide_dtype)
 
 # %% ../../nbs/losses/05_shape.ipynb #distance
+def _distance_to(mask: Tensor) -> Tensor:
+    "Distance of each pixel to the nearest one of `mask`"
+    from scipy.ndimage import distance_transform_edt
+    return torch.from_numpy(distance_transform_edt(~mask.numpy()))
+
 @torch.compiler.disable
 @torch.no_grad()
 def signed_distance(
-    masks: Tensor, # Whether a pixel is of the object `(..., h, w)`; the last `axes` axes are one mask
+    masks: Tensor, # Whether a pixel is of the object `(..., h, w)`
     counted: Tensor | None = None, # Whether a pixel counts, of the same shape; None when all do
-    axes: int = 2, # Axes of a mask
-) -> Tensor: # Distance to the outline in pixels, negative inside, 0 where not counted, of the same shape; `float32` on the CPU
+    axes: int = 2, # How many of the last axes are one mask
+) -> Tensor: # Distance to the outline in pixels, negative inside, 0 where not counted; on the CPU
     "Signed distance maps [(Kervadec et al., 2019)](https://arxiv.org/abs/1812.07032)"
-    from scipy.ndimage import distance_transform_edt
-    inside = masks.cpu() if counted is None else (masks & counted).cpu()
-    outside = ~masks.cpu() if counted is None else (~masks & counted).cpu()
+    inside, outside = masks.cpu(), ~masks.cpu()
+    if counted is not None: inside, outside = inside & counted.cpu(), outside & counted.cpu()
+    one_mask = masks.shape[masks.ndim - axes:]
     maps = torch.zeros(masks.shape)
-    flat = [x.view(-1, *masks.shape[masks.ndim - axes:]) for x in (inside.contiguous(), outside.contiguous(), maps)]
-    for yes, no, result in zip(*flat, strict=True):
-        if not (yes.any() and no.any()): continue
-        to_object, to_outside = (torch.from_numpy(distance_transform_edt(~x.numpy())) for x in (yes, no))
-        result.add_((to_object - .5) * no - (to_outside - .5) * yes)
+    inside, outside, flat = (x.reshape(-1, *one_mask) for x in (inside, outside, maps))
+    for yes, no, distance in zip(inside, outside, flat, strict=True):
+        if not (yes.any() and no.any()): continue  # no outline
+        distance.add_((_distance_to(yes) - .5) * no - (_distance_to(no) - .5) * yes)
     return maps
 
 # %% ../../nbs/losses/05_shape.ipynb #boundary
 class BoundaryLoss(SegmentationLoss):
-    "Probability times signed distance to the true outline [(Kervadec et al., 2019)](https://arxiv.org/abs/1812.07032)"
+    "Probability times signed distance [(Kervadec et al., 2019)](https://arxiv.org/abs/1812.07032)"
     reductions = PIXEL_REDUCTIONS
 
     def __init__(self,
@@ -57,17 +60,21 @@ class BoundaryLoss(SegmentationLoss):
         y_true: Tensor, # Labels `(b, h, w)`, or zeros and ones `(b, c, h, w)`
     ) -> Tensor: # One number, `(b,)` with `"none"`, `(b, h, w)` with `"pixel"`
         batch = as_values(self.prepare(y_pred, y_true))
-        logits, target, counted = batch
-        check_range(target * (1 - target), 0, 0, "BoundaryLoss needs an outline, so a target of 0 or 1, not of a probability: t*(1 - t) must be 0")
-        values = probabilities(logits, self.mode, self.from_logits)
-        values = values * signed_distance(target > 0, counted, axes=target.ndim - 2).to(values)
+        check_hard(batch.target, "BoundaryLoss needs an outline")
+        values = self.pixel_values(batch)
         if self.reduction == "pixel":
-            present = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
-            return _mean_over_classes(values.movedim(1, -1), present.movedim(1, -1), self.class_weights)
+            present = torch.ones_like(values) if batch.counted is None else batch.counted
+            values, present = values.movedim(1, -1), present.movedim(1, -1)
+            return mean_over_classes(values, present, self.class_weights)
         losses, pixels = values.flatten(2).sum(2, dtype=wide_dtype(values)), count_pixels(batch)
         if self.reduction != "none": losses, pixels = losses.sum(0), pixels.sum(0)
         if self.reduction != "sum": losses = safe_divide(losses, pixels)
-        return _mean_over_classes(losses, pixels > 0, self.class_weights).to(values.dtype)
+        return mean_over_classes(losses, pixels > 0, self.class_weights).to(values.dtype)
+
+    def pixel_values(self, batch: Batch) -> Tensor: # Loss of each pixel and class `(b, c, h, w)`
+        logits, target, counted = batch
+        p = probabilities(logits, self.task)
+        return p * signed_distance(target > 0, counted, axes=target.ndim - 2).to(p)
 
 # %% ../../nbs/losses/05_shape.ipynb #skeleton
 _POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -75,59 +82,65 @@ _POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 def _erode(x: Tensor) -> Tensor:
     "Smallest value among a pixel and its neighbours along each axis"
     axes = x.ndim - 2
-    shapes = [[3 if i == axis else 1 for i in range(axes)] for axis in range(axes)]
-    return reduce(torch.minimum, (-_POOL[axes](-x, shape, 1, [n//2 for n in shape]) for shape in shapes))
+    along = []
+    for axis in range(axes):
+        window = [1] * axes
+        window[axis] = 3
+        padding = [n//2 for n in window]
+        along.append(-_POOL[axes](-x, window, 1, padding))
+    return reduce(torch.minimum, along)
 
 def soft_skeleton(
     x: Tensor, # Probabilities `(b, c, h, w)`; one to three spatial axes
     iterations: int = 10, # Erosions, at least half the width of the widest thing
 ) -> Tensor: # Skeleton, from 0 to 1, of the same shape
-    "Soft skeleton: what openings take away, erosion by erosion [(Shit et al., 2021)](https://arxiv.org/abs/2003.07311)"
-    if x.ndim - 2 not in _POOL: raise ValueError(f"x {tuple(x.shape)}: a skeleton needs (b, c, ...) with one to three spatial axes")
-    skeleton = torch.zeros_like(x)
+    "What openings take away, step by step [(Shit et al., 2021)](https://arxiv.org/abs/2003.07311)"
+    if x.ndim - 2 not in _POOL:
+        raise ValueError(f"x {tuple(x.shape)}: expected (b, c, ...) with one to three spatial axes")
+    dilate, skeleton = _POOL[x.ndim - 2], torch.zeros_like(x)
     for _ in range(iterations + 1):
         eroded = _erode(x)
-        ridge = F.relu(x - _POOL[x.ndim - 2](eroded, 3, 1, 1))
+        ridge = F.relu(x - dilate(eroded, 3, 1, 1))
         skeleton = skeleton + ridge * (1 - skeleton)
         x = eroded
     return skeleton
 
 # %% ../../nbs/losses/05_shape.ipynb #cldice
-class SoftClDiceLoss(_ChosenClassesLoss):
-    "One minus soft clDice, the overlap of centre lines with masks [(Shit et al., 2021)](https://arxiv.org/abs/2003.07311)"
+class SoftClDiceLoss(ChosenClassesLoss):
+    "One minus the overlap of centre lines [(Shit et al., 2021)](https://arxiv.org/abs/2003.07311)"
     def __init__(self,
         mode: str, # `"binary"`, `"multiclass"` or `"multilabel"`
-        classes: Sequence[int] | None = None, # Classes that enter the mean, such as the thin ones; None for all
-        ignore_index: int | None = None, # Target value of entries that do not count: background of both masks
+        classes: Sequence[int] | None = None, # Classes that enter the mean, such as the thin ones
+        ignore_index: int | None = None, # Target value of entries that are background of both masks
         from_logits: bool = True, # Whether predictions are logits, or else probabilities
         reduction: str = "mean", # `"mean"`, `"sum"` or `"none"`
-        class_weights: Sequence[float] | Tensor | None = None, # One weight for each class in the mean over classes
+        class_weights: Sequence[float] | Tensor | None = None, # One weight for each class
         *,
         iterations: int = 10, # Erosions, at least half the width of the widest thing
         smooth: float = 1.0, # Added to numerator and denominator, above 0
     ):
         super().__init__(mode, classes, ignore_index, from_logits, reduction, class_weights)
-        if not smooth > 0: raise ValueError(f"smooth={smooth}: expected a number above 0, or an empty mask divides by 0")
+        if not smooth > 0:
+            raise ValueError(f"smooth={smooth}: expected a number above 0, "
+                             "or an empty mask divides by 0")
         if iterations < 0: raise ValueError(f"iterations={iterations}: expected 0 or more")
         self.iterations, self.smooth = iterations, smooth
 
-    def forward(self,
-        y_pred: Tensor, # Logits `(b, c, h, w)`
-        y_true: Tensor, # Labels `(b, h, w)`, or values `(b, c, h, w)`
-    ) -> Tensor: # One number, or `(b,)` with `reduction="none"`
-        batch = as_values(self.prepare(y_pred, y_true))
-        logits, t, counted = batch
-        p, pixels, weights = probabilities(logits, self.mode, self.from_logits), count_pixels(batch), self.class_weights
+    def sums(self, batch: Batch) -> Tensor: # The four sums of the chosen classes `(4, b, c)`
+        logits, target, counted = as_values(batch)
+        p = probabilities(logits, self.task)
         if counted is not None: p = p * counted
-        if self.classes is not None:
-            p, t, pixels = p[:, self.classes], t[:, self.classes], pixels[:, self.classes]
-            weights = weights if weights is None else weights[self.classes]
-        line_p, line_t = soft_skeleton(p, self.iterations), soft_skeleton(t, self.iterations)
-        sums = torch.stack([x.flatten(2).sum(2, dtype=wide_dtype(p)) for x in (line_p * t, line_p, line_t * p, line_t)])
-        if self.reduction == "mean": sums, pixels = sums.sum(1), pixels.sum(0)
-        loss = _mean_over_classes(1 - self.scores(sums), pixels > 0, weights)
-        return (loss.sum() if self.reduction == "sum" else loss).to(compute_dtype(y_pred))
+        p, t = self.choose(p, 1), self.choose(target, 1)
+        line_p = soft_skeleton(p, self.iterations)
+        line_t = soft_skeleton(t, self.iterations)
+        maps = line_p * t, line_p, line_t * p, line_t
+        return torch.stack([x.flatten(2).sum(2, dtype=wide_dtype(p)) for x in maps])
+
+    def loss_of(self, sums: Tensor, pixels: Tensor) -> Tensor: # `(...)` from `(4, ..., c)`
+        losses, present = 1 - self.scores(sums), self.choose(pixels) > 0
+        return mean_over_classes(losses, present, self.choose(self.class_weights))
 
     def scores(self, sums: Tensor) -> Tensor: # clDice `(..., c)` from the four sums `(4, ..., c)`
-        precision, sensitivity = (sums[::2] + self.smooth) / (sums[1::2] + self.smooth)
+        covered, whole = sums[::2] + self.smooth, sums[1::2] + self.smooth
+        precision, sensitivity = covered / whole
         return 2 * precision * sensitivity / (precision + sensitivity)

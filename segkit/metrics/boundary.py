@@ -7,88 +7,110 @@ __all__ = ['boundary_band', 'boundary_stats', 'boundary_iou', 'outline', 'hausdo
 
 # %% ../../nbs/metrics/02_boundary.ipynb #imports
 import math
-from typing import Literal, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .confusion import count_pairs
-from .scores import _apply_threshold, _check_stats, get_stats, iou_score
+from ..core.task import MULTICLASS_MODE
+from .confusion import class_stats, count_pairs
+from .scores import apply_threshold, check_masks, get_stats, iou_score
 
 # %% ../../nbs/metrics/02_boundary.ipynb #band
 def _window_max(x: Tensor, d: int) -> Tensor:
-    "Largest value within `d` rows and columns, by 3x3 poolings that reach up to three times as far each"
+    "Largest value within `d` rows and columns, by 3x3 poolings, each up to three times as wide"
     x, reach = F.pad(x, [d]*4, value=-torch.inf), 0
     while reach < d:
         step = min(d - reach, 2*reach + 1)
-        x, reach = F.max_pool2d(x, 3, stride=1, dilation=step), reach + step
+        x = F.max_pool2d(x, 3, stride=1, dilation=step)
+        reach += step
     return x
 
 def boundary_band(
     labels: Tensor, # Labels `(g, h, w)`, integers
     d: int, # Width of the band in pixels
     void: Tensor | None = None, # True where the label is unknown `(g, h, w)`
-) -> Tensor: # True where another label, or the end of the image, is at most `d` rows and columns away `(g, h, w)`
-    "The band along all outlines, inside every label [(Cheng et al., 2021)](https://arxiv.org/abs/2103.16562)"
+) -> Tensor: # True at most `d` rows and columns from another label or the image's end `(g, h, w)`
+    """The band along all outlines, inside every label
+    [(Cheng et al., 2021)](https://arxiv.org/abs/2103.16562)"""
     x = labels.float()
     void = torch.zeros_like(labels, dtype=torch.bool) if void is None else void
     largest = _window_max(x.masked_fill(void, -torch.inf)[:, None], d)[:, 0]
-    inside = F.pad(-x.masked_fill(void, torch.inf)[:, None], [1]*4, value=torch.inf)  # the end of the image is a smaller label
-    smallest = -_window_max(inside, d)[:, 0, 1:-1, 1:-1]
+    inside = -x.masked_fill(void, torch.inf)[:, None]
+    ended = F.pad(inside, [1]*4, value=torch.inf)  # the end of the image is a smaller label
+    smallest = -_window_max(ended, d)[:, 0, 1:-1, 1:-1]
     return ~void & ((largest > x) | (smallest < x))
 
 # %% ../../nbs/metrics/02_boundary.ipynb #label-maps
-def _label_maps(output, target, mode, ignore_index, threshold, num_classes):
-    "Label maps `(g, h, w)` of both, where the target is void, and the number of labels; one map an image, or an image and class"
-    output, target = _check_stats(output.detach(), target.detach(), mode, threshold, num_classes)
-    if target.dim() != (3 if mode == "multiclass" else 4): raise ValueError(f"{mode}: masks of two dimensions, not {tuple(target.shape)}")
-    if mode != "multiclass":
-        if threshold is not None: output, target = _apply_threshold(output, target, threshold, ignore_index)
-        output, target, num_classes = output.flatten(0, 1), target.flatten(0, 1), 2
-    count_pairs(output.flatten(1), target.flatten(1), num_classes, ignore_index)  # raises on labels that should not exist
-    void = torch.zeros_like(target, dtype=torch.bool) if ignore_index is None else target == ignore_index
-    return output.long().masked_fill(void, 0), target.long().masked_fill(void, 0), void, num_classes
+class _LabelMaps(NamedTuple):
+    "Label maps of both masks; one an image, or an image and class where that is yes or no"
+    output: Tensor # Predicted labels `(g, h, w)`, 0 where void
+    target: Tensor # Labels `(g, h, w)`, 0 where void
+    void: Tensor # Where the label is unknown `(g, h, w)`
+    labels: int # Number of labels
+
+def _label_maps(
+    output: Tensor, target: Tensor, mode: str, ignore_index: int | None,
+    threshold: float | Sequence[float] | None, num_classes: int | None,
+) -> _LabelMaps:
+    output, target = check_masks(output, target, mode, threshold, num_classes)
+    if target.dim() != (3 if mode == MULTICLASS_MODE else 4):
+        raise ValueError(f"{mode}: masks of two dimensions, not {tuple(target.shape)}")
+    labels = num_classes
+    if mode != MULTICLASS_MODE:
+        if threshold is not None:
+            output, target = apply_threshold(output, target, threshold, ignore_index)
+        output, target, labels = output.flatten(0, 1), target.flatten(0, 1), 2
+    count_pairs(output.flatten(1), target.flatten(1), labels, ignore_index)  # checks all labels
+    void = torch.zeros_like(target, dtype=torch.bool)
+    if ignore_index is not None: void = target == ignore_index
+    output, target = (m.long().masked_fill(void, 0) for m in (output, target))
+    return _LabelMaps(output, target, void, labels)
 
 # %% ../../nbs/metrics/02_boundary.ipynb #boundary-iou
+def _band_width(width: float, size: Sequence[int]) -> int:
+    "Width of the band in pixels, at least 1"
+    if width <= 0 or (width >= 1 and width != int(width)):
+        raise ValueError(f"width {width} is neither a share of the diagonal, between 0 and 1, "
+                         "nor a whole number of pixels")
+    return int(width) if width >= 1 else max(1, round(width*math.hypot(*size)))
+
 def boundary_stats(
     output: Tensor, # As in `get_stats`, with two dimensions `(n, h, w)` or `(n, c, h, w)`
     target: Tensor, # Labels of the same shape, integers
-    mode: Literal["binary", "multiclass", "multilabel"], # Kind of task
+    mode: str, # "binary", "multiclass" or "multilabel"
     ignore_index: int | None = None, # Label of target pixels that do not count
-    threshold: float | Sequence[float] | None = None, # Smallest value that counts as yes; not for multiclass
+    threshold: float | Sequence[float] | None = None, # Smallest yes; not for multiclass
     num_classes: int | None = None, # Number of classes, for multiclass
-    width: float = 0.02, # Width of the band: a share of the image's diagonal, or pixels if 1 or more
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: # True positives, false positives, false negatives, true negatives `(n, c)`, int64
+    width: float = 0.02, # Width of the band: a share of the diagonal, or pixels if 1 or more
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # `tp`, `fp`, `fn`, `tn` `(n, c)`, int64
     "Count for each image and class, within the bands along outlines"
-    output, labels, void, c = _label_maps(output, target, mode, ignore_index, threshold, num_classes)
-    d = _pixels(width, labels.shape[-2:])
-    elsewhere, k = (c, c + 1) if mode == "multiclass" else (0, 2)  # what a pixel outside the band counts as; labels in all
-    bands = [torch.where(boundary_band(m, d, void), m, elsewhere).flatten(1) for m in (output, labels)]
-    m = count_pairs(bands[0], bands[1].masked_fill(void.flatten(1), k), k, ignore_index=k)
-    tp = m.diagonal(dim1=1, dim2=2)
-    fp, fn = m.sum(1) - tp, m.sum(2) - tp
-    stats = tp, fp, fn, m.sum((1, 2))[:, None] - tp - fp - fn
-    return tuple(t[:, :c] if mode == "multiclass" else t[:, 1].reshape(len(target), -1) for t in stats)
-
-def _pixels(width, size):
-    "Width of the band in pixels, at least 1"
-    if width <= 0 or width >= 1 and width != int(width):
-        raise ValueError(f"width {width} is neither a share of the diagonal, between 0 and 1, nor a whole number of pixels")
-    return int(width) if width >= 1 else max(1, round(width*math.hypot(*size)))
+    maps = _label_maps(output, target, mode, ignore_index, threshold, num_classes)
+    d, c = _band_width(width, maps.target.shape[-2:]), maps.labels
+    multiclass = mode == MULTICLASS_MODE
+    elsewhere, unknown = (c, c + 1) if multiclass else (0, 2)  # outside the bands, and void
+    bands = [torch.where(boundary_band(m, d, maps.void), m, elsewhere)
+             for m in (maps.output, maps.target)]
+    bands[1] = bands[1].masked_fill(maps.void, unknown)
+    counts = count_pairs(bands[0].flatten(1), bands[1].flatten(1), unknown, ignore_index=unknown)
+    stats = class_stats(counts.view(len(target), -1, unknown, unknown), mode)
+    return tuple(stat[:, :c] for stat in stats) if multiclass else stats
 
 # %% ../../nbs/metrics/02_boundary.ipynb #boundary-score
 def boundary_iou(
     output: Tensor, # As in `get_stats`, with two dimensions `(n, h, w)` or `(n, c, h, w)`
     target: Tensor, # Labels of the same shape, integers
-    mode: Literal["binary", "multiclass", "multilabel"], # Kind of task
+    mode: str, # "binary", "multiclass" or "multilabel"
     ignore_index: int | None = None, # Label of target pixels that do not count
-    threshold: float | Sequence[float] | None = None, # Smallest value that counts as yes; not for multiclass
+    threshold: float | Sequence[float] | None = None, # Smallest yes; not for multiclass
     num_classes: int | None = None, # Number of classes, for multiclass
-    width: float = 0.02, # Width of the band: a share of the image's diagonal, or pixels if 1 or more
-    reduction: str | None = None, # One of `REDUCTIONS`
-    class_weights: Sequence[float] | None = None, # Weight of each class `(c,)`, for means over classes
-    zero_division: float | str = 1.0, # Value where neither mask has an outline; NaN: left out of means
+    width: float = 0.02, # Width of the band: a share of the diagonal, or pixels if 1 or more
+    reduction: str | None = None, # One of `SCORE_REDUCTIONS`
+    class_weights: Sequence[float] | None = None, # Weight of each class `(c,)`, for means
+    zero_division: float | str = 1.0, # Value where neither mask has an outline; NaN: in no mean
 ) -> Tensor: # One number; `(n, c)` without a reduction
     "IoU of the bands along outlines [(Cheng et al., 2021)](https://arxiv.org/abs/2103.16562)"
     stats = boundary_stats(output, target, mode, ignore_index, threshold, num_classes, width)
@@ -98,43 +120,50 @@ def boundary_iou(
 def outline(
     labels: Tensor, # Labels `(g, h, w)`, integers
     void: Tensor | None = None, # True where the label is unknown `(g, h, w)`
-) -> Tensor: # True where one of the four neighbours has another label, or the image ends `(g, h, w)`
-    "Pixels on an outline, inside every label"
+) -> Tensor: # True where a neighbour has another label, or the image ends `(g, h, w)`
+    "Pixels on an outline, inside every label; a pixel has four neighbours"
     unknown, end = int(labels.max()) + 1, -1
     x = labels if void is None else labels.masked_fill(void, unknown)
     padded, (h, w) = F.pad(x, [1]*4, value=end), x.shape[-2:]
-    neighbours = [padded[:, r:r+h, c:c+w] for r, c in ((0, 1), (2, 1), (1, 0), (1, 2))]
-    return (x != unknown) & torch.stack([(other != x) & (other != unknown) for other in neighbours]).any(0)
+    steps = (0, 1), (2, 1), (1, 0), (1, 2)  # up, down, left, right
+    neighbours = torch.stack([padded[:, row:row+h, column:column+w] for row, column in steps])
+    return (x != unknown) & ((neighbours != x) & (neighbours != unknown)).any(0)
 
-def _directed(a: Tensor, b: Tensor, percentile: float, piece: int = 2048) -> Tensor:
+def _directed(a: np.ndarray, b: np.ndarray, percentile: float) -> float:
     "Percentile of the distances from each point of `a` `(m, 2)` to the nearest of `b` `(k, 2)`"
-    nearest = [torch.cdist(part, b, compute_mode="donot_use_mm_for_euclid_dist").min(1).values for part in a.split(piece)]
-    return torch.quantile(torch.cat(nearest), percentile/100)
+    from scipy.spatial import cKDTree
+    distances, _ = cKDTree(b).query(a)
+    return float(np.percentile(distances, percentile))
+
+def _hausdorff(a: np.ndarray, b: np.ndarray, percentile: float, missing: float) -> float:
+    "The farther of the two ways; NaN without points, `missing` if only one has some"
+    if len(a) and len(b): return max(_directed(a, b, percentile), _directed(b, a, percentile))
+    return missing if len(a) or len(b) else math.nan
 
 # %% ../../nbs/metrics/02_boundary.ipynb #hausdorff
 def hausdorff95(
     output: Tensor, # As in `get_stats`, with two dimensions `(n, h, w)` or `(n, c, h, w)`
     target: Tensor, # Labels of the same shape, integers
-    mode: Literal["binary", "multiclass", "multilabel"], # Kind of task
+    mode: str, # "binary", "multiclass" or "multilabel"
     ignore_index: int | None = None, # Label of target pixels that do not count
-    threshold: float | Sequence[float] | None = None, # Smallest value that counts as yes; not for multiclass
+    threshold: float | Sequence[float] | None = None, # Smallest yes; not for multiclass
     num_classes: int | None = None, # Number of classes, for multiclass
-    spacing: tuple[float, float] = (1., 1.), # Height and width of a pixel, in the unit of the result
+    spacing: tuple[float, float] = (1., 1.), # Height and width of a pixel, in the result's unit
     percentile: float = 95., # 100 is the Hausdorff distance itself
     missing: float = math.inf, # Value where one of the two masks is empty
 ) -> Tensor: # Distance for each image and class `(n, c)`, NaN where both are empty
     "Hausdorff distance, but for the farthest 5 % of each outline"
-    if not 0 <= percentile <= 100: raise ValueError(f"percentile {percentile} is not between 0 and 100")
-    output, labels, void, c = _label_maps(output, target, mode, ignore_index, threshold, num_classes)
-    exact = torch.float32 if labels.device.type == "mps" else torch.float64
-    unit = torch.tensor(spacing, dtype=exact, device=labels.device)
-    classes = range(c) if mode == "multiclass" else (1,)
-    result = torch.full((len(labels), len(classes)), torch.nan, dtype=exact, device=labels.device)
-    edges = [outline(m, void) for m in (output, labels)]
-    for g in range(len(labels)):
-        for i, label in enumerate(classes):
-            points = [(e[g] & (m[g] == label)).nonzero()*unit for e, m in zip(edges, (output, labels), strict=True)]
-            sizes = [len(x) for x in points]
-            if all(sizes): result[g, i] = max(_directed(*points, percentile), _directed(*points[::-1], percentile))
-            elif any(sizes): result[g, i] = missing
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile {percentile} is not between 0 and 100")
+    maps = _label_maps(output, target, mode, ignore_index, threshold, num_classes)
+    classes = range(maps.labels) if mode == MULTICLASS_MODE else (1,)
+    masks = maps.output, maps.target
+    pairs = [(m.cpu().numpy(), outline(m, maps.void).cpu().numpy()) for m in masks]
+    distances = []
+    for g in range(len(maps.target)):
+        for label in classes:
+            points = [np.argwhere((labels[g] == label) & edges[g])*spacing for labels, edges in pairs]
+            distances.append(_hausdorff(*points, percentile, missing))
+    exact = torch.float32 if target.device.type == "mps" else torch.float64  # mps has no float64
+    result = torch.tensor(distances, dtype=exact, device=target.device)
     return result.reshape(len(target), -1)

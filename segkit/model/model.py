@@ -222,12 +222,18 @@ class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, PredictMixin, Assembly
         if self.requires_divisible_input_shape: return pad_to_multiple(x, stride)
         return pad_to_least(x, stride)
 
+    def deepest(self,
+        features: Sequence[Tensor], # What the encoder returns
+    ) -> Tensor: # Its deepest map `(b, c, h/s, w/s)`
+        "The map that the classification head reads"
+        return features[-1]
+
     def forward(self,
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor | tuple[Tensor, Tensor]: # Mask `(b, classes, h, w)`, or mask and label `(b, labels)`
         frame = self.frame(x)
         features = self.encoder(frame)
-        deepest = features[-1]
+        deepest = self.deepest(features)
         decoded = self.decoder(features)
         del features  # the finer maps need not outlive the decoder
         mask = cut_back(self.segmentation_head(decoded), x, frame, self.enlarge_mask)
