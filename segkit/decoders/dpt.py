@@ -35,12 +35,12 @@ class ReadoutAddBlock(nn.Module):
     "Add the mean of the tokens without a place"
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
-        prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`, or None
+        prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`
     ) -> Tensor: # Map `(b, c, h, w)`
         return x if prefix is None else x + prefix.mean(1)[:, :, None, None]
 
 class ReadoutConcatBlock(nn.Module):
-    "Tell each position what the first token without a place says [(Ranftl et al., 2021)](https://arxiv.org/abs/2103.13413)"
+    "Tell each position what the first token without a place says [(2021)](https://arxiv.org/abs/2103.13413)"
     def __init__(self,
         channels: int, # Channels of the map
         has_prefix_tokens: bool = True, # Whether there is such a token
@@ -51,7 +51,7 @@ class ReadoutConcatBlock(nn.Module):
 
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
-        prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`, or None
+        prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`
     ) -> Tensor: # Map `(b, c, h, w)`
         linear, gelu = self.project
         of_map, of_prefix = linear.weight[:, :self.channels], linear.weight[:, self.channels:]
@@ -62,7 +62,7 @@ class ReadoutConcatBlock(nn.Module):
 
 # %% ../../nbs/decoders/11_dpt.ipynb #reassemble
 class ReassembleBlock(nn.Module):
-    "Bring one map to its stride in the pyramid [(Ranftl et al., 2021)](https://arxiv.org/abs/2103.13413)"
+    "Bring one map to its stride in the pyramid [(Ranftl 2021)](https://arxiv.org/abs/2103.13413)"
     def __init__(self,
         in_channels: int, # Channels of the encoder's map
         mid_channels: int, # Channels while the size changes
@@ -89,7 +89,7 @@ class ReassembleBlock(nn.Module):
 
 # %% ../../nbs/decoders/11_dpt.ipynb #residual
 class ResidualConvBlock(nn.Module):
-    "Add what two convolutions make of the map [(He et al., 2016)](https://arxiv.org/abs/1603.05027)"
+    "Add what two convolutions make of the map [(He 2016)](https://arxiv.org/abs/1603.05027)"
     def __init__(self,
         channels: int, # Channels of the map
     ):
@@ -107,7 +107,7 @@ class ResidualConvBlock(nn.Module):
 
 # %% ../../nbs/decoders/11_dpt.ipynb #fusion
 class FusionBlock(nn.Module):
-    "Add the coarser map, mix, and enlarge for the next finer one [(Lin et al., 2017)](https://arxiv.org/abs/1611.06612)"
+    "Add the coarser map, mix, and enlarge for the next finer one [(2017)](https://arxiv.org/abs/1611.06612)"
     def __init__(self,
         channels: int, # Channels of the pyramid
     ):
@@ -118,7 +118,7 @@ class FusionBlock(nn.Module):
 
     def forward(self,
         x: Tensor, # Map of the pyramid `(b, channels, h', w')`
-        coarser: Tensor | None, # Map of the coarser level `(b, channels, h', w')`; None at the coarsest
+        coarser: Tensor | None, # Coarser map `(b, channels, h', w')`, or None
         size: tuple[int, int], # Height and width of the result
     ) -> Tensor: # Map `(b, channels, h, w)`
         # a 1x1 convolution and an enlargement change places: so it sees a quarter of the pixels
@@ -141,13 +141,13 @@ readouts = {
 }
 
 class DPTDecoder(nn.Module):
-    "Reassemble each map at its own stride, then fuse from the coarsest [(Ranftl et al., 2021)](https://arxiv.org/abs/2103.13413)"
+    "Reassemble each map at its own stride, then fuse from the coarsest [(2021)](https://arxiv.org/abs/2103.13413)"
     def __init__(self,
         encoder_out_channels: Sequence[int], # Channels of each map, in the order of the blocks
         encoder_output_strides: Sequence[int], # Stride of each map
-        encoder_has_prefix_tokens: bool, # Whether tokens without a place come along
-        readout: Literal["ignore", "add", "cat"] = "cat", # What to do with them
-        intermediate_channels: Sequence[int] = (256, 512, 1024, 1024), # Channels of each map while its size changes
+        encoder_has_prefix_tokens: bool, # Whether such tokens come along
+        readout: Literal["ignore", "add", "cat"] = "cat", # Use of tokens without a place
+        intermediate_channels: Sequence[int] = (256, 512, 1024, 1024), # Channels while the size changes
         fusion_channels: int = 256, # Channels of the pyramid
     ):
         super().__init__()
@@ -162,7 +162,7 @@ class DPTDecoder(nn.Module):
         self.out_channels = fusion_channels
 
     def forward(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens without a place, of each block
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens of the blocks
     ) -> Tensor: # Map `(b, fusion_channels, h/2, w/2)`
         maps, sizes = self.pyramid(features)
         x = None
@@ -170,8 +170,8 @@ class DPTDecoder(nn.Module):
         return x
 
     def pyramid(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens without a place, of each block
-    ) -> tuple[list[Tensor], list[tuple[int, int]]]: # A map for each stride from 4 on; the sizes from stride 2 on
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens of the blocks
+    ) -> tuple[list[Tensor], list[tuple[int, int]]]: # Maps; sizes from stride 2 on
         maps, prefix_tokens = features
         # images are padded to a multiple of the stride, so the first map tells their size
         height, width = maps[0].shape[-2:]
@@ -212,19 +212,19 @@ class DPTSegmentationHead(nn.Module):
 # %% ../../nbs/decoders/11_dpt.ipynb #model
 @architectures.register("dpt")
 class DPT(SegmentationModel):
-    "[Dense prediction transformer](https://arxiv.org/abs/2103.13413) (Ranftl et al., 2021) with the blocks of any timm model"
+    "[Dense prediction transformer](https://arxiv.org/abs/2103.13413) (Ranftl 2021) with the blocks of any timm model"
     def __init__(self,
-        encoder_name: str | nn.Module = "tu-vit_base_patch16_224.augreg_in21k", # `tu-<timm name>` or a timm name, or a `TimmViTEncoder`
+        encoder_name: str | nn.Module = "tu-vit_base_patch16_224.augreg_in21k", # timm name
         encoder_depth: int = 4, # How many blocks to read
-        encoder_weights: Any = "imagenet", # None or False; True or "imagenet"; a file; a state dict; a function
-        encoder_output_indices: Sequence[int] | None = None, # Which blocks; None for equal distances
-        decoder_readout: Literal["ignore", "add", "cat"] = "cat", # What to do with tokens without a place
-        decoder_intermediate_channels: Sequence[int] = (256, 512, 1024, 1024), # Channels of each map while its size changes, finest first
+        encoder_weights: Any = "imagenet", # None, True, a file, a state dict or a function
+        encoder_output_indices: Sequence[int] | None = None, # Which; None: equal distances
+        decoder_readout: Literal["ignore", "add", "cat"] = "cat", # Use of tokens without a place
+        decoder_intermediate_channels: Sequence[int] = (256, 512, 1024, 1024), # Channels while the size changes
         decoder_fusion_channels: int = 256, # Channels of the pyramid
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         **kwargs, # Arguments of the timm model
     ):
         super().__init__()
@@ -242,8 +242,8 @@ class DPT(SegmentationModel):
         self.assemble("dpt", encoder, decoder, head, aux_params)
 
     def deepest(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # What the encoder returns: maps and tokens
-    ) -> Tensor: # Map of the last block that is read `(b, c, h/s, w/s)`
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens
+    ) -> Tensor: # Map of the last block `(b, c, h/s, w/s)`
         maps, _ = features
         return maps[-1]
 
@@ -294,7 +294,7 @@ class DPTInference(DPTDecoder):
         self.bias = nn.Parameter(bias.detach()[:, None, None].clone(), requires_grad=False)
 
     def forward(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens without a place, of each block
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens of the blocks
     ) -> Tensor: # Logits `(b, classes, h/2, w/2)`
         maps, sizes = self.pyramid(features)
         *coarse, last = self.fusion_blocks

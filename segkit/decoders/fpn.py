@@ -23,9 +23,9 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/04_fpn.ipynb #topdown
 class TopDownBlock(nn.Module):
-    "Enlarge the coarser map and add the lateral one [(Lin et al., 2017)](https://arxiv.org/abs/1612.03144)"
+    "Enlarge the coarser map and add the lateral one [(2017)](https://arxiv.org/abs/1612.03144)"
     def __init__(self,
-        skip_channels: int, # Channels of the encoder's map; 0 for a level that the encoder does not have
+        skip_channels: int, # Channels of the encoder's map; 0 where it has none
         pyramid_channels: int, # Channels of every map of the pyramid
         interpolation: str = "nearest", # Mode of `F.interpolate`
     ):
@@ -62,11 +62,11 @@ class ConvGroupNormReLU(nn.Module):
 
 # %% ../../nbs/decoders/04_fpn.ipynb #branch
 class SegmentationBranch(nn.Module):
-    "Convolve and double, until the finest size is reached [(Kirillov et al., 2019)](https://arxiv.org/abs/1901.02446)"
+    "Convolve and double, until the finest size is reached [(2019)](https://arxiv.org/abs/1901.02446)"
     def __init__(self,
         in_channels: int, # Channels of the pyramid
         out_channels: int, # Channels of the branch; a multiple of 32
-        n_upsamples: int = 0, # How many doublings lie between this level and the finest one
+        n_upsamples: int = 0, # Doublings up to the finest level
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * max(1, n_upsamples)
@@ -74,8 +74,8 @@ class SegmentationBranch(nn.Module):
 
     def forward(self,
         x: Tensor, # Map of the pyramid `(b, in_channels, h', w')`
-        sizes: Sequence[tuple[int, int]] = (), # Height and width after each doubling, coarse to fine
-    ) -> Tensor: # Map `(b, out_channels, h, w)`, or of the size of `x` without doublings
+        sizes: Sequence[tuple[int, int]] = (), # Sizes after each doubling, coarse to fine
+    ) -> Tensor: # Map `(b, out_channels, h, w)`
         for i, conv in enumerate(self.block):
             x = conv(x)
             if i < len(sizes): x = resize(x, sizes[i], align_corners=True)
@@ -85,7 +85,7 @@ class SegmentationBranch(nn.Module):
 class MergeBlock(nn.Module):
     "Add the four branches, or concatenate them"
     def __init__(self,
-        policy: Literal["add", "cat"] = "add", # Sum, or concatenation along the channels
+        policy: Literal["add", "cat"] = "add", # Sum or concatenation
     ):
         super().__init__()
         self.policy = check_choice("merge_policy", policy, ["add", "cat"])
@@ -97,9 +97,9 @@ class MergeBlock(nn.Module):
 
 # %% ../../nbs/decoders/04_fpn.ipynb #pyramid
 class FeaturePyramid(nn.Module):
-    "Top-down pyramid over the last four maps of an encoder [(Lin et al., 2017)](https://arxiv.org/abs/1612.03144)"
+    "Top-down pyramid over the last four maps of an encoder [(2017)](https://arxiv.org/abs/1612.03144)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         pyramid_channels: int = 256, # Channels of every map of the pyramid
         interpolation: str = "nearest", # Mode of `F.interpolate` between levels
     ):
@@ -117,7 +117,7 @@ class FeaturePyramid(nn.Module):
 
     def pyramid(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
-    ) -> list[Tensor]: # Four maps, deepest first, each `(b, pyramid_channels, h/s, w/s)`
+    ) -> list[Tensor]: # Deepest first `(b, pyramid_channels, h/s, w/s)`
         *_, c2, c3, c4, c5 = features
         p5 = self.p5(c5)
         p4 = self.p4(p5, c4)
@@ -131,13 +131,13 @@ class FeaturePyramid(nn.Module):
 
 # %% ../../nbs/decoders/04_fpn.ipynb #decoder
 class FPNDecoder(FeaturePyramid):
-    "Semantic branch on top of a `FeaturePyramid` [(Kirillov et al., 2019)](https://arxiv.org/abs/1901.02446)"
+    "Semantic branch on top of a `FeaturePyramid` [(2019)](https://arxiv.org/abs/1901.02446)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         pyramid_channels: int = 256, # Channels of the pyramid
         segmentation_channels: int = 128, # Channels of each branch; a multiple of 32
-        dropout: float = 0.2, # Probability of dropping a channel of the merged map
-        merge_policy: Literal["add", "cat"] = "add", # How the four branches become one map
+        dropout: float = 0.2, # Probability of dropping a channel
+        merge_policy: Literal["add", "cat"] = "add", # How the branches become one map
         interpolation: str = "nearest", # Mode of `F.interpolate` in the top-down path
     ):
         super().__init__(encoder_channels, pyramid_channels, interpolation)
@@ -161,19 +161,19 @@ class FPNDecoder(FeaturePyramid):
 class FPN(SegmentationModel):
     "[FPN](https://arxiv.org/abs/1612.03144) with the semantic branch of [Panoptic FPN](https://arxiv.org/abs/1901.02446)"
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or an encoder
         encoder_depth: int = 5, # Encoder stages: 3, 4 or 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_weights: Any = "imagenet", # None, a tag, True, a file, a state dict or a function
         decoder_pyramid_channels: int = 256, # Channels of the pyramid
         decoder_segmentation_channels: int = 128, # Channels of each branch; a multiple of 32
-        decoder_merge_policy: Literal["add", "cat"] = "add", # How the four branches become one map
-        decoder_dropout: float = 0.2, # Probability of dropping a channel of the merged map
+        decoder_merge_policy: Literal["add", "cat"] = "add", # How the branches become one map
+        decoder_dropout: float = 0.2, # Probability of dropping a channel
         decoder_interpolation: str = "nearest", # Mode of `F.interpolate` in the top-down path
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        upsampling: int | None = None, # Enlargement after the head; None for the stride
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()

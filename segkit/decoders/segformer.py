@@ -23,7 +23,7 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/10_segformer.ipynb #mlp
 class MLP(nn.Module):
-    "The same linear layer at every pixel [(Xie et al., 2021)](https://arxiv.org/abs/2105.15203)"
+    "The same linear layer at every pixel [(Xie 2021)](https://arxiv.org/abs/2105.15203)"
     def __init__(self,
         in_channels: int, # Channels of the encoder's map
         out_channels: int, # Channels of the result
@@ -38,9 +38,9 @@ class MLP(nn.Module):
 
 # %% ../../nbs/decoders/10_segformer.ipynb #decoder
 class SegformerDecoder(nn.Module):
-    "Mix each level, enlarge, mix all levels [(Xie et al., 2021)](https://arxiv.org/abs/2105.15203)"
+    "Mix each level, enlarge, mix all levels [(Xie 2021)](https://arxiv.org/abs/2105.15203)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         segmentation_channels: int = 256, # Channels of each level's map, and of the result
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
@@ -121,17 +121,17 @@ class SegformerInference(nn.Module):
 # %% ../../nbs/decoders/10_segformer.ipynb #model
 @architectures.register("segformer")
 class Segformer(SegmentationModel):
-    "[SegFormer](https://arxiv.org/abs/2105.15203) (Xie et al., 2021) with any encoder"
+    "[SegFormer](https://arxiv.org/abs/2105.15203) (Xie 2021) with any encoder"
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or an encoder
         encoder_depth: int = 5, # Encoder stages: 3, 4 or 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_weights: Any = "imagenet", # None, a tag, True, a file, a state dict or a function
         decoder_segmentation_channels: int = 256, # Channels of every map of the decoder
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        upsampling: int | None = None, # Enlargement after the head; None for the stride
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` between levels
         decoder_composed: bool = False, # Use `ComposedSegformerDecoder`: equal, and less work
         **kwargs, # Arguments of the encoder

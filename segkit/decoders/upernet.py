@@ -23,12 +23,12 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/09_upernet.ipynb #context
 class ContextBlock(nn.Sequential):
-    "Average over a grid of regions, mix channels [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
+    "Average over a grid of regions, mix channels [(Zhao 2017)](https://arxiv.org/abs/1612.01105)"
     def __init__(self,
         in_channels: int, # Channels of the map
         out_channels: int, # Channels of the result
         size: int, # Rows and columns of the grid
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
     ):
         conv = Conv2dReLU(in_channels, out_channels, 1, use_norm=use_norm)
         # one place has no variance over places: these two norms would leave nothing of it, or fail
@@ -38,12 +38,12 @@ class ContextBlock(nn.Sequential):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #pooling
 class PyramidPooling(nn.Module):
-    "The deepest map and its averages over four grids, mixed [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
+    "The deepest map and its averages over four grids, mixed [(2017)](https://arxiv.org/abs/1612.01105)"
     def __init__(self,
         in_channels: int, # Channels of the deepest map
         out_channels: int, # Channels of each context and of the result
         sizes: Sequence[int] = (1, 2, 3, 6), # Rows and columns of each grid
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm of the contexts, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
@@ -59,11 +59,11 @@ class PyramidPooling(nn.Module):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #lateral
 class LateralBlock(nn.Module):
-    "Add the enlarged coarser map to the encoder's map [(Lin et al., 2017)](https://arxiv.org/abs/1612.03144)"
+    "Add the enlarged coarser map to the encoder's map [(2017)](https://arxiv.org/abs/1612.03144)"
     def __init__(self,
         skip_channels: int, # Channels of the encoder's map
         pyramid_channels: int, # Channels of every map of the pyramid
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
@@ -78,11 +78,11 @@ class LateralBlock(nn.Module):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #pyramid
 class PooledPyramid(nn.Module):
-    "Pyramid pooling on top of a feature pyramid [(Xiao et al., 2018)](https://arxiv.org/abs/1807.10221)"
+    "Pyramid pooling on top of a feature pyramid [(Xiao 2018)](https://arxiv.org/abs/1807.10221)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         decoder_channels: int = 256, # Channels of every map of the decoder
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
@@ -100,7 +100,7 @@ class PooledPyramid(nn.Module):
 
     def pyramid(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
-    ) -> list[Tensor]: # Maps of the walk down, deepest first, each `(b, decoder_channels, h/s, w/s)`
+    ) -> list[Tensor]: # Maps, deepest first `(b, decoder_channels, h/s, w/s)`
         *skips, deepest = (norm(f) for norm, f in zip(self.feature_norms, features[2:]))
         levels = [self.psp(deepest)]
         for lateral, skip in zip(self.fpn_lateral_blocks, reversed(skips)):
@@ -114,11 +114,11 @@ class PooledPyramid(nn.Module):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #decoder
 class UPerNetDecoder(PooledPyramid):
-    "All levels of a `PooledPyramid` fused at its finest size [(Xiao et al., 2018)](https://arxiv.org/abs/1807.10221)"
+    "All levels of a `PooledPyramid` fused at its finest size [(2018)](https://arxiv.org/abs/1807.10221)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         decoder_channels: int = 256, # Channels of every map of the decoder
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__(encoder_channels, decoder_channels, use_norm, interpolation)
@@ -130,7 +130,7 @@ class UPerNetDecoder(PooledPyramid):
 
     def polished(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
-    ) -> list[Tensor]: # Maps that are fused, finest first, each `(b, decoder_channels, h/s, w/s)`
+    ) -> list[Tensor]: # Maps, finest first `(b, decoder_channels, h/s, w/s)`
         top, *levels = self.pyramid(features)
         maps = [top, *(conv(level) for conv, level in zip(self.fpn_conv_blocks, levels))]
         return maps[::-1]
@@ -149,18 +149,18 @@ class UPerNetDecoder(PooledPyramid):
 # %% ../../nbs/decoders/09_upernet.ipynb #model
 @architectures.register("upernet")
 class UPerNet(SegmentationModel):
-    "[UPerNet](https://arxiv.org/abs/1807.10221) (Xiao et al., 2018) with any encoder"
+    "[UPerNet](https://arxiv.org/abs/1807.10221) (Xiao 2018) with any encoder"
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or an encoder
         encoder_depth: int = 5, # Encoder stages: 3, 4 or 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_weights: Any = "imagenet", # None, a tag, True, a file, a state dict or a function
         decoder_channels: int = 256, # Channels of every map of the decoder
-        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        upsampling: int | None = None, # Enlargement after the head; None for the stride
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` between levels
         **kwargs, # Arguments of the encoder
     ):
