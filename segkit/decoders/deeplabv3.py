@@ -21,19 +21,20 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #separable
 class SeparableConv2d(nn.Sequential):
-    "3x3 convolution of each channel by itself, then 1x1 across channels [(Chollet, 2017)](https://arxiv.org/abs/1610.02357)"
+    "3x3 convolution of each channel, then 1x1 across channels [paper](https://arxiv.org/abs/1610.02357)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
         rate: int = 1, # Distance between the taps of the 3x3 kernel
     ):
         super().__init__(
-            nn.Conv2d(in_channels, in_channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False),
+            nn.Conv2d(in_channels, in_channels, 3, padding=rate, dilation=rate,
+                      groups=in_channels, bias=False),
             nn.Conv2d(in_channels, out_channels, 1, bias=False))
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #atrous
 class AtrousConv(nn.Sequential):
-    "3x3 convolution whose taps stand `rate` cells apart, norm, ReLU [(2017)](https://arxiv.org/abs/1706.05587)"
+    "3x3 convolution with taps `rate` cells apart, norm, ReLU [paper](https://arxiv.org/abs/1706.05587)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
@@ -51,8 +52,9 @@ class ImagePooling(nn.Sequential):
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
     ):
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, out_channels, 1, bias=False),
-                         BatchNorm2d(out_channels), nn.ReLU())
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            BatchNorm2d(out_channels), nn.ReLU())
 
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
@@ -61,7 +63,7 @@ class ImagePooling(nn.Sequential):
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #aspp
 class ASPP(nn.Module):
-    "Atrous spatial pyramid pooling: one map, seen at several distances [(2017)](https://arxiv.org/abs/1706.05587)"
+    "Atrous spatial pyramid pooling: one map at several distances [paper](https://arxiv.org/abs/1706.05587)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int = 256, # Channels of each branch, and of the result
@@ -72,7 +74,8 @@ class ASPP(nn.Module):
         super().__init__()
         rates = check_rates(atrous_rates)
         first = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, bias=False), BatchNorm2d(out_channels), nn.ReLU())
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            BatchNorm2d(out_channels), nn.ReLU())
         atrous = [AtrousConv(in_channels, out_channels, rate, separable) for rate in rates]
         self.convs = nn.ModuleList([first, *atrous, ImagePooling(in_channels, out_channels)])
         self.project = nn.Sequential(
@@ -99,7 +102,7 @@ def _is_rate(rate): return isinstance(rate, int) and not isinstance(rate, bool) 
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #decoder
 class DeepLabV3Decoder(nn.Module):
-    "`ASPP` on the deepest map, and one more convolution [(2017)](https://arxiv.org/abs/1706.05587)"
+    "`ASPP` on the deepest map, and one more convolution [paper](https://arxiv.org/abs/1706.05587)"
     def __init__(self,
         in_channels: int, # Channels of the deepest map
         out_channels: int = 256, # Channels of the result
@@ -151,11 +154,13 @@ class DeepLabV3(SegmentationModel):
                                    decoder_aspp_separable, decoder_aspp_dropout)
         factor = encoder.output_stride if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
-        self.assemble("deeplabv3", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
+        self.assemble("deeplabv3", encoder, decoder, head, aux_params, upsampling is None)
 
     def translate_state_dict(self,
-        state_dict: Mapping[str, Tensor], # Tensors by name, perhaps from a checkpoint whose decoder was numbered
+        state_dict: Mapping[str, Tensor], # Tensors by name, perhaps of an old checkpoint
     ) -> Mapping[str, Tensor]: # Tensors by their present names
-        "Name the parts of old checkpoints, which numbered them: `decoder.0.` is `decoder.aspp.`, then `conv` and `bn`"
-        old = {"decoder.0.": "decoder.aspp.", "decoder.1.": "decoder.conv.", "decoder.2.": "decoder.bn."}
+        "Name the parts of old checkpoints, which numbered them"
+        old = {"decoder.0.": "decoder.aspp.",
+               "decoder.1.": "decoder.conv.",
+               "decoder.2.": "decoder.bn."}
         return {old.get(key[:10], key[:10]) + key[10:]: t for key, t in state_dict.items()}

@@ -22,7 +22,7 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/07_deeplabv3plus.ipynb #decoder
 class DeepLabV3PlusDecoder(nn.Module):
-    "`ASPP`, enlarged to stride 4 and joined with the encoder's map there [(2018)](https://arxiv.org/abs/1802.02611)"
+    "`ASPP`, enlarged to stride 4 and joined with the map there [paper](https://arxiv.org/abs/1802.02611)"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         out_channels: int = 256, # Channels of the result
@@ -35,8 +35,8 @@ class DeepLabV3PlusDecoder(nn.Module):
         super().__init__()
         depth = len(encoder_channels) - 1
         if depth < 3:
-            raise ValueError(f"encoder_depth={depth}: the shortcut has stride 4, and the map it refines "
-                             "must be coarser; use 3, 4 or 5")
+            raise ValueError(f"encoder_depth={depth}: the shortcut has stride 4, "
+                             "and the map it refines must be coarser; use 3, 4 or 5")
         aspp = ASPP(encoder_channels[-1], out_channels, atrous_rates, aspp_separable, aspp_dropout)
         # flat, not nested: the names in checkpoints are `aspp.1.0.weight`, `block2.0.0.weight`
         self.aspp = nn.Sequential(
@@ -60,7 +60,7 @@ class DeepLabV3PlusDecoder(nn.Module):
 # %% ../../nbs/decoders/07_deeplabv3plus.ipynb #model
 @architectures.register("deeplabv3plus")
 class DeepLabV3Plus(SegmentationModel):
-    "[DeepLabV3+](https://arxiv.org/abs/1802.02611) (Chen 2018) with any encoder that can be dilated"
+    "[DeepLabV3+](https://arxiv.org/abs/1802.02611) with any encoder that can be dilated"
     def __init__(self,
         encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or an encoder
         encoder_depth: int = 5, # Encoder stages, 3 to 5
@@ -87,4 +87,4 @@ class DeepLabV3Plus(SegmentationModel):
                                        decoder_aspp_separable, decoder_aspp_dropout, decoder_interpolation)
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
-        self.assemble("deeplabv3plus", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
+        self.assemble("deeplabv3plus", encoder, decoder, head, aux_params, upsampling is None)

@@ -52,7 +52,8 @@ class SegformerDecoder(nn.Module):
         self.levels = [i for i in range(depth, 0, -1) if encoder_channels[i]]  # deepest first
         self.mlp_stage = nn.ModuleList(
             MLP(encoder_channels[i], segmentation_channels) for i in self.levels)
-        self.fuse_stage = Conv2dReLU(len(self.levels)*segmentation_channels, segmentation_channels, 1)
+        width = len(self.levels)*segmentation_channels
+        self.fuse_stage = Conv2dReLU(width, segmentation_channels, 1)
         self.out_channels, self.interpolation = segmentation_channels, interpolation
 
     def forward(self,
@@ -86,7 +87,8 @@ class ComposedSegformerDecoder(SegformerDecoder):
         bias: Tensor, # Constant `(segmentation_channels,)`
     ) -> Tensor: # What this level adds `(b, segmentation_channels, h/4, w/4)`
         size, x = features[2].shape[-2:], features[level]
-        if level < 2: x = resize(x, size, self.interpolation)  # a finer map shrinks before it is mixed
+        # a finer map shrinks before it is mixed
+        if level < 2: x = resize(x, size, self.interpolation)
         return resize(F.conv2d(x, weight[:, :, None, None], bias), size, self.interpolation)
 
     inference_form = SegformerDecoder.inference_form
@@ -102,8 +104,8 @@ class SegformerInference(nn.Module):
         self.levels, self.interpolation = decoder.levels, decoder.interpolation
         parts = conv.weight.flatten(1).chunk(len(self.levels), dim=1)
         linears = [mlp.linear for mlp in decoder.mlp_stage]
-        self.convs = nn.ModuleList(
-            conv_of((part @ linear.weight)[:, :, None, None]) for part, linear in zip(parts, linears))
+        products = [part @ linear.weight for part, linear in zip(parts, linears)]
+        self.convs = nn.ModuleList(conv_of(product[:, :, None, None]) for product in products)
         bias = sum(part @ linear.bias for part, linear in zip(parts, linears))
         if conv.bias is not None: bias = bias + conv.bias
         self.bias = nn.Parameter(bias.detach()[:, None, None].clone(), requires_grad=False)
@@ -144,4 +146,4 @@ class Segformer(SegmentationModel):
         decoder = kind(encoder.out_channels, decoder_segmentation_channels, decoder_interpolation)
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder_segmentation_channels, classes, 1, activation, factor)
-        self.assemble("segformer", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
+        self.assemble("segformer", encoder, decoder, head, aux_params, upsampling is None)

@@ -38,7 +38,7 @@ class ContextBlock(nn.Sequential):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #pooling
 class PyramidPooling(nn.Module):
-    "The deepest map and its averages over four grids, mixed [(2017)](https://arxiv.org/abs/1612.01105)"
+    "The deepest map and its means over grids, mixed [paper](https://arxiv.org/abs/1612.01105)"
     def __init__(self,
         in_channels: int, # Channels of the deepest map
         out_channels: int, # Channels of each context and of the result
@@ -48,8 +48,10 @@ class PyramidPooling(nn.Module):
     ):
         super().__init__()
         self.interpolation = interpolation
-        self.blocks = nn.ModuleList(ContextBlock(in_channels, out_channels, size, use_norm) for size in sizes)
-        self.out_conv = Conv2dReLU(in_channels + len(sizes)*out_channels, out_channels, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ContextBlock(in_channels, out_channels, size, use_norm) for size in sizes)
+        width = in_channels + len(sizes)*out_channels
+        self.out_conv = Conv2dReLU(width, out_channels, 3, padding=1)
 
     def forward(self,
         x: Tensor, # Deepest map `(b, in_channels, h, w)`
@@ -59,7 +61,7 @@ class PyramidPooling(nn.Module):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #lateral
 class LateralBlock(nn.Module):
-    "Add the enlarged coarser map to the encoder's map [(2017)](https://arxiv.org/abs/1612.03144)"
+    "Add the enlarged coarser map to the encoder's map [paper](https://arxiv.org/abs/1612.03144)"
     def __init__(self,
         skip_channels: int, # Channels of the encoder's map
         pyramid_channels: int, # Channels of every map of the pyramid
@@ -88,8 +90,8 @@ class PooledPyramid(nn.Module):
         super().__init__()
         depth = len(encoder_channels) - 1
         if depth < 3:
-            raise ValueError(f"encoder_depth={depth}: a UPerNet reads two maps or more, from stride 4 on; "
-                             "use a depth of 3, 4 or 5")
+            raise ValueError(f"encoder_depth={depth}: a UPerNet reads two maps or more, "
+                             "from stride 4 on; use a depth of 3, 4 or 5")
         self.interpolation = interpolation
         *skips, deepest = encoder_channels[2:]
         self.feature_norms = nn.ModuleList(LayerNorm2d(c, eps=1e-6) for c in (*skips, deepest))
@@ -114,7 +116,7 @@ class PooledPyramid(nn.Module):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #decoder
 class UPerNetDecoder(PooledPyramid):
-    "All levels of a `PooledPyramid` fused at its finest size [(2018)](https://arxiv.org/abs/1807.10221)"
+    "All levels of a `PooledPyramid`, fused at stride 4 [paper](https://arxiv.org/abs/1807.10221)"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         decoder_channels: int = 256, # Channels of every map of the decoder
@@ -123,7 +125,8 @@ class UPerNetDecoder(PooledPyramid):
     ):
         super().__init__(encoder_channels, decoder_channels, use_norm, interpolation)
         rungs = len(self.fpn_lateral_blocks)
-        def conv(channels): return Conv2dReLU(channels, decoder_channels, 3, padding=1, use_norm=use_norm)
+        def conv(channels):
+            return Conv2dReLU(channels, decoder_channels, 3, padding=1, use_norm=use_norm)
         self.fpn_conv_blocks = nn.ModuleList(conv(decoder_channels) for _ in range(rungs))
         self.fusion_block = conv((rungs + 1)*decoder_channels)
         self.out_channels = decoder_channels
@@ -140,7 +143,8 @@ class UPerNetDecoder(PooledPyramid):
     ) -> Tensor: # Map `(b, decoder_channels, h/4, w/4)`
         maps = self.polished(features)
         size = maps[0].shape[-2:]
-        return self.fusion_block(torch.cat([resize(m, size, self.interpolation) for m in maps], dim=1))
+        maps = [resize(m, size, self.interpolation) for m in maps]
+        return self.fusion_block(torch.cat(maps, dim=1))
 
     def inference_form(self) -> nn.Module: # An equal decoder for inference, with less work
         "See `UPerNetInference`, at the end of the page"
@@ -168,10 +172,11 @@ class UPerNet(SegmentationModel):
         check_choice("encoder_depth", encoder_depth, [3, 4, 5])
         check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
         encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        decoder = UPerNetDecoder(encoder.out_channels, decoder_channels, decoder_use_norm, decoder_interpolation)
+        decoder = UPerNetDecoder(
+            encoder.out_channels, decoder_channels, decoder_use_norm, decoder_interpolation)
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder_channels, classes, 1, activation, factor)
-        self.assemble("upernet", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
+        self.assemble("upernet", encoder, decoder, head, aux_params, upsampling is None)
 
 # %% ../../nbs/decoders/09_upernet.ipynb #fast
 class UPerNetInference(UPerNetDecoder):
