@@ -391,6 +391,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'segkit/decoders/deeplabv3.py'),
                                            'segkit.decoders.deeplabv3.SeparableConv2d.__init__': ( 'decoders/deeplabv3.html#separableconv2d.__init__',
                                                                                                    'segkit/decoders/deeplabv3.py'),
+                                           'segkit.decoders.deeplabv3._is_rate': ( 'decoders/deeplabv3.html#_is_rate',
+                                                                                   'segkit/decoders/deeplabv3.py'),
                                            'segkit.decoders.deeplabv3.check_rates': ( 'decoders/deeplabv3.html#check_rates',
                                                                                       'segkit/decoders/deeplabv3.py')},
             'segkit.decoders.deeplabv3plus': { 'segkit.decoders.deeplabv3plus.DeepLabV3Plus': ( 'decoders/deeplabv3plus.html#deeplabv3plus',

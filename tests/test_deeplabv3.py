@@ -48,7 +48,9 @@ def test_one_picture(): trains(DeepLabV3, decoder_channels=32, encoder_output_st
 
 @pytest.mark.parametrize("options, error", [
     ({"encoder_output_stride": 4}, r"encoder_output_stride=4: expected 8 or 16"), ({"decoder_atrous_rates": ()}, "positive whole numbers"),
-    ({"decoder_atrous_rates": (6, 0)}, r"decoder_atrous_rates=\(6, 0\)"), ({"encoder_depth": 6}, "depth"), ({"decoder_chanels": 8}, "decoder_channels")])
+    ({"decoder_atrous_rates": (6, 0)}, r"decoder_atrous_rates=\(6, 0\)"), ({"decoder_atrous_rates": (-6, 12)}, "positive whole numbers"),
+    ({"decoder_atrous_rates": (r for r in (6, 12))}, "a list or tuple of positive whole numbers"), ({"decoder_atrous_rates": (True,)}, "positive whole numbers"),
+ ({"encoder_depth": 6}, "depth"), ({"decoder_chanels": 8}, "decoder_channels")])
 def test_refused(options, error):
     with pytest.raises((ValueError, TypeError), match=error): build(**options)
 
@@ -58,5 +60,5 @@ def test_encoders_that_cannot_be_dilated():
 
 
 def test_any_number_of_rates():
-    model = build(decoder_atrous_rates=iter([2, 4]), decoder_channels=16, encoder_depth=3)
+    model = build(decoder_atrous_rates=[2, 4], decoder_channels=16, encoder_depth=3)
     assert len(model.decoder.aspp.convs) == 4

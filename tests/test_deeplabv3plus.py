@@ -55,6 +55,14 @@ def test_shortcut_is_read():
 
 @pytest.mark.parametrize("options, error", [
     ({"encoder_output_stride": 32}, "expected 8 or 16"), ({"encoder_depth": 2}, "encoder_depth=2: .*use 3, 4 or 5"),
-    ({"decoder_interpolation": "bilinar"}, "did you mean 'bilinear'"), ({"decoder_atrous_rates": 12}, "decoder_atrous_rates=12")])
+    ({"decoder_interpolation": "bilinar"}, "did you mean 'bilinear'"), ({"decoder_atrous_rates": 12}, "decoder_atrous_rates=12"),
+    ({"decoder_atrous_rates": (-6, 12)}, "positive whole numbers"), ({"decoder_atrous_rates": (r for r in (6, 12))}, "a list or tuple of positive")])
 def test_refused(options, error):
     with pytest.raises(ValueError, match=error): build(**options)
+
+
+@pytest.mark.parametrize("rates", [(6,), (6, 12), (2, 4, 6, 8)], ids=str)
+def test_any_number_of_rates(rates):
+    model = build(decoder_atrous_rates=rates, decoder_channels=16).eval()
+    assert len(model.decoder.aspp[0].convs) == len(rates) + 2
+    assert model(torch.randn(1, 3, 65, 71)).shape == (1, 1, 65, 71)

@@ -6,7 +6,7 @@
 __all__ = ['SeparableConv2d', 'AtrousConv', 'ImagePooling', 'ASPP', 'check_rates', 'DeepLabV3Decoder', 'DeepLabV3']
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #imports
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,18 +21,20 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #separable
 class SeparableConv2d(nn.Sequential):
-    "3x3 convolution of each channel by itself, then 1x1 across channels [(Chollet, 2017)](https://arxiv.org/abs/1610.02357)"
+    "3x3 convolution of each channel, then 1x1 across channels [paper](https://arxiv.org/abs/1610.02357)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
         rate: int = 1, # Distance between the taps of the 3x3 kernel
     ):
-        super().__init__(nn.Conv2d(in_channels, in_channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False),
-                         nn.Conv2d(in_channels, out_channels, 1, bias=False))
+        super().__init__(
+            nn.Conv2d(in_channels, in_channels, 3, padding=rate, dilation=rate,
+                      groups=in_channels, bias=False),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False))
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #atrous
 class AtrousConv(nn.Sequential):
-    "3x3 convolution whose taps stand `rate` cells apart, norm, ReLU [(Chen et al., 2017)](https://arxiv.org/abs/1706.05587)"
+    "3x3 convolution with taps `rate` cells apart, norm, ReLU [paper](https://arxiv.org/abs/1706.05587)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
@@ -45,13 +47,14 @@ class AtrousConv(nn.Sequential):
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #pooling
 class ImagePooling(nn.Sequential):
-    "The mean of the whole map at every cell [(Liu et al., 2015)](https://arxiv.org/abs/1506.04579)"
+    "The mean of the whole map at every cell [(Liu 2015)](https://arxiv.org/abs/1506.04579)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
     ):
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, out_channels, 1, bias=False),
-                         BatchNorm2d(out_channels), nn.ReLU())
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            BatchNorm2d(out_channels), nn.ReLU())
 
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
@@ -60,21 +63,24 @@ class ImagePooling(nn.Sequential):
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #aspp
 class ASPP(nn.Module):
-    "Atrous spatial pyramid pooling: one map, seen at several distances [(Chen et al., 2017)](https://arxiv.org/abs/1706.05587)"
+    "Atrous spatial pyramid pooling: one map at several distances [paper](https://arxiv.org/abs/1706.05587)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int = 256, # Channels of each branch, and of the result
-        atrous_rates: Iterable[int] = (12, 24, 36), # Rates of the 3x3 branches, in cells
+        atrous_rates: Sequence[int] = (12, 24, 36), # Rates of the 3x3 branches
         separable: bool = False, # Whether the 3x3 branches are separable
         dropout: float = 0.5, # Probability of dropping a value of the result, in training
     ):
         super().__init__()
         rates = check_rates(atrous_rates)
-        first = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), BatchNorm2d(out_channels), nn.ReLU())
-        self.convs = nn.ModuleList([first, *(AtrousConv(in_channels, out_channels, rate, separable) for rate in rates),
-                                    ImagePooling(in_channels, out_channels)])
-        self.project = nn.Sequential(nn.Conv2d(len(self.convs)*out_channels, out_channels, 1, bias=False),
-                                     BatchNorm2d(out_channels), nn.ReLU(), nn.Dropout(dropout))
+        first = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            BatchNorm2d(out_channels), nn.ReLU())
+        atrous = [AtrousConv(in_channels, out_channels, rate, separable) for rate in rates]
+        self.convs = nn.ModuleList([first, *atrous, ImagePooling(in_channels, out_channels)])
+        self.project = nn.Sequential(
+            nn.Conv2d(len(self.convs)*out_channels, out_channels, 1, bias=False),
+            BatchNorm2d(out_channels), nn.ReLU(), nn.Dropout(dropout))
 
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
@@ -83,31 +89,33 @@ class ASPP(nn.Module):
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #rates
 def check_rates(
-    atrous_rates: Iterable[int], # What was given
+    atrous_rates: Sequence[int], # What was given
 ) -> tuple[int, ...]: # The rates
     "Raise unless `atrous_rates` are positive whole numbers, at least one"
-    rates = tuple(atrous_rates) if isinstance(atrous_rates, Iterable) and not isinstance(atrous_rates, str) else None
-    if not rates or not all(isinstance(r, int) and r > 0 for r in rates):
-        raise ValueError(f"decoder_atrous_rates={atrous_rates!r}: expected positive whole numbers such as (12, 24, 36)")
-    return rates
+    listed = isinstance(atrous_rates, Sequence) and not isinstance(atrous_rates, str)
+    if not listed or not atrous_rates or not all(_is_rate(rate) for rate in atrous_rates):
+        raise ValueError(f"decoder_atrous_rates={atrous_rates!r}: expected a list or tuple of "
+                         "positive whole numbers, such as (12, 24, 36)")
+    return tuple(atrous_rates)
+
+def _is_rate(rate): return isinstance(rate, int) and not isinstance(rate, bool) and rate > 0
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #decoder
 class DeepLabV3Decoder(nn.Module):
-    "`ASPP` on the deepest map, and one more convolution [(Chen et al., 2017)](https://arxiv.org/abs/1706.05587)"
+    "`ASPP` on the deepest map, and one more convolution [paper](https://arxiv.org/abs/1706.05587)"
     def __init__(self,
         in_channels: int, # Channels of the deepest map
         out_channels: int = 256, # Channels of the result
-        atrous_rates: Iterable[int] = (12, 24, 36), # Rates of the 3x3 branches, in cells
+        atrous_rates: Sequence[int] = (12, 24, 36), # Rates of the 3x3 branches
         aspp_separable: bool = False, # Whether the 3x3 branches are separable
         aspp_dropout: float = 0.5, # Probability of dropping a value after `ASPP`
-        stride: int = 8, # Stride of the deepest map, and so of the result
     ):
         super().__init__()
         self.aspp = ASPP(in_channels, out_channels, atrous_rates, aspp_separable, aspp_dropout)
         self.conv = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn = BatchNorm2d(out_channels)
         self.relu = nn.ReLU()
-        self.out_channels, self.stride = out_channels, stride
+        self.out_channels = out_channels
 
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
@@ -117,21 +125,21 @@ class DeepLabV3Decoder(nn.Module):
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #model
 @architectures.register("deeplabv3")
 class DeepLabV3(SegmentationModel):
-    "[DeepLabV3](https://arxiv.org/abs/1706.05587) (Chen et al., 2017) with any encoder that can be dilated"
+    "[DeepLabV3](https://arxiv.org/abs/1706.05587) (Chen 2017) with any encoder that can be dilated"
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or an encoder
         encoder_depth: int = 5, # Encoder stages, 1 to 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_weights: Any = "imagenet", # None, a tag, True, a file, a state dict or a function
         encoder_output_stride: Literal[8, 16] = 8, # Stride of the deepest map
         decoder_channels: int = 256, # Channels of each branch, and of the result
-        decoder_atrous_rates: Iterable[int] = (12, 24, 36), # Rates of the 3x3 branches, in cells
+        decoder_atrous_rates: Sequence[int] = (12, 24, 36), # Rates of the 3x3 branches
         decoder_aspp_separable: bool = False, # Whether the 3x3 branches are separable
         decoder_aspp_dropout: float = 0.5, # Probability of dropping a value after `ASPP`
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        upsampling: int | None = None, # Enlargement after the head; None for the stride
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
@@ -140,16 +148,19 @@ class DeepLabV3(SegmentationModel):
                               encoder_output_stride, **kwargs)
         deepest = encoder.out_channels[-1]
         if not deepest:
-            raise ValueError(f"encoder_depth={encoder_depth}: {encoder_name!r} has no map there; use a depth of at least 2")
+            raise ValueError(f"encoder_depth={encoder_depth}: {encoder_name!r} has no map there; "
+                             "use a depth of at least 2")
         decoder = DeepLabV3Decoder(deepest, decoder_channels, decoder_atrous_rates,
                                    decoder_aspp_separable, decoder_aspp_dropout)
         factor = encoder.output_stride if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
-        self.assemble("deeplabv3", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
+        self.assemble("deeplabv3", encoder, decoder, head, aux_params, upsampling is None)
 
     def translate_state_dict(self,
-        state_dict: Mapping[str, Tensor], # Tensors by name, perhaps from a checkpoint whose decoder was numbered
+        state_dict: Mapping[str, Tensor], # Tensors by name, perhaps of an old checkpoint
     ) -> Mapping[str, Tensor]: # Tensors by their present names
-        "Name the parts of old checkpoints, which numbered them: `decoder.0.` is `decoder.aspp.`, then `conv` and `bn`"
-        old = {"decoder.0.": "decoder.aspp.", "decoder.1.": "decoder.conv.", "decoder.2.": "decoder.bn."}
+        "Name the parts of old checkpoints, which numbered them"
+        old = {"decoder.0.": "decoder.aspp.",
+               "decoder.1.": "decoder.conv.",
+               "decoder.2.": "decoder.bn."}
         return {old.get(key[:10], key[:10]) + key[10:]: t for key, t in state_dict.items()}

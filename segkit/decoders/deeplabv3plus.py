@@ -6,7 +6,7 @@
 __all__ = ['DeepLabV3PlusDecoder', 'DeepLabV3Plus']
 
 # %% ../../nbs/decoders/07_deeplabv3plus.ipynb #imports
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,13 +22,11 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/07_deeplabv3plus.ipynb #decoder
 class DeepLabV3PlusDecoder(nn.Module):
-    "`ASPP`, enlarged to stride 4 and joined with the encoder's map there [(Chen et al., 2018)](https://arxiv.org/abs/1802.02611)"
-    stride = 4
-
+    "`ASPP`, enlarged to stride 4 and joined with the map there [paper](https://arxiv.org/abs/1802.02611)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         out_channels: int = 256, # Channels of the result
-        atrous_rates: Iterable[int] = (12, 24, 36), # Rates of the 3x3 branches, in cells
+        atrous_rates: Sequence[int] = (12, 24, 36), # Rates of the 3x3 branches
         aspp_separable: bool = True, # Whether the 3x3 branches are separable
         aspp_dropout: float = 0.5, # Probability of dropping a value after `ASPP`
         interpolation: str = "bilinear", # Mode of `F.interpolate`
@@ -36,39 +34,47 @@ class DeepLabV3PlusDecoder(nn.Module):
     ):
         super().__init__()
         depth = len(encoder_channels) - 1
-        if depth < 3: raise ValueError(f"encoder_depth={depth}: the shortcut has stride 4, and the map it refines must be coarser; use 3, 4 or 5")
-        def conv_bn_relu(conv): return conv, BatchNorm2d(conv[-1].out_channels if isinstance(conv, SeparableConv2d) else conv.out_channels), nn.ReLU()
-        self.aspp = nn.Sequential(ASPP(encoder_channels[-1], out_channels, atrous_rates, aspp_separable, aspp_dropout),
-                                  *conv_bn_relu(SeparableConv2d(out_channels, out_channels)))
-        self.block1 = nn.Sequential(*conv_bn_relu(nn.Conv2d(encoder_channels[2], skip_channels, 1, bias=False)))
-        self.block2 = nn.Sequential(*conv_bn_relu(SeparableConv2d(skip_channels + out_channels, out_channels)))
+        if depth < 3:
+            raise ValueError(f"encoder_depth={depth}: the shortcut has stride 4, "
+                             "and the map it refines must be coarser; use 3, 4 or 5")
+        aspp = ASPP(encoder_channels[-1], out_channels, atrous_rates, aspp_separable, aspp_dropout)
+        # flat, not nested: the names in checkpoints are `aspp.1.0.weight`, `block2.0.0.weight`
+        self.aspp = nn.Sequential(
+            aspp, SeparableConv2d(out_channels, out_channels), BatchNorm2d(out_channels), nn.ReLU())
+        self.block1 = nn.Sequential(
+            nn.Conv2d(encoder_channels[2], skip_channels, 1, bias=False),
+            BatchNorm2d(skip_channels), nn.ReLU())
+        self.block2 = nn.Sequential(
+            SeparableConv2d(skip_channels + out_channels, out_channels),
+            BatchNorm2d(out_channels), nn.ReLU())
         self.interpolation, self.out_channels = interpolation, out_channels
 
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, out_channels, h/4, w/4)`
         shortcut = self.block1(features[2])
-        context = resize(self.aspp(features[-1]), shortcut.shape[-2:], self.interpolation, align_corners=True)
+        context = self.aspp(features[-1])
+        context = resize(context, shortcut.shape[-2:], self.interpolation, align_corners=True)
         return self.block2(torch.cat([context, shortcut], dim=1))
 
 # %% ../../nbs/decoders/07_deeplabv3plus.ipynb #model
 @architectures.register("deeplabv3plus")
 class DeepLabV3Plus(SegmentationModel):
-    "[DeepLabV3+](https://arxiv.org/abs/1802.02611) (Chen et al., 2018) with any encoder that can be dilated"
+    "[DeepLabV3+](https://arxiv.org/abs/1802.02611) with any encoder that can be dilated"
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or an encoder
         encoder_depth: int = 5, # Encoder stages, 3 to 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_weights: Any = "imagenet", # None, a tag, True, a file, a state dict or a function
         encoder_output_stride: Literal[8, 16] = 16, # Stride of the deepest map
         decoder_channels: int = 256, # Channels of each branch, and of the result
-        decoder_atrous_rates: Iterable[int] = (12, 24, 36), # Rates of the 3x3 branches, in cells
+        decoder_atrous_rates: Sequence[int] = (12, 24, 36), # Rates of the 3x3 branches
         decoder_aspp_separable: bool = True, # Whether the 3x3 branches are separable
         decoder_aspp_dropout: float = 0.5, # Probability of dropping a value after `ASPP`
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map, 4
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        upsampling: int | None = None, # Enlargement after the head; None for the stride
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` on the way to stride 4
         **kwargs, # Arguments of the encoder
     ):
@@ -81,4 +87,4 @@ class DeepLabV3Plus(SegmentationModel):
                                        decoder_aspp_separable, decoder_aspp_dropout, decoder_interpolation)
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
-        self.assemble("deeplabv3plus", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
+        self.assemble("deeplabv3plus", encoder, decoder, head, aux_params, upsampling is None)

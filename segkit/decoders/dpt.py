@@ -35,23 +35,24 @@ class ReadoutAddBlock(nn.Module):
     "Add the mean of the tokens without a place"
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
-        prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`, or None
+        prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`
     ) -> Tensor: # Map `(b, c, h, w)`
         return x if prefix is None else x + prefix.mean(1)[:, :, None, None]
 
 class ReadoutConcatBlock(nn.Module):
-    "Tell each position what the first token without a place says [(Ranftl et al., 2021)](https://arxiv.org/abs/2103.13413)"
+    "Tell each position what the first such token says [paper](https://arxiv.org/abs/2103.13413)"
     def __init__(self,
         channels: int, # Channels of the map
         has_prefix_tokens: bool = True, # Whether there is such a token
     ):
         super().__init__()
         self.channels = channels
-        self.project = nn.Sequential(nn.Linear((1 + has_prefix_tokens)*channels, channels), nn.GELU())
+        width = (1 + has_prefix_tokens)*channels
+        self.project = nn.Sequential(nn.Linear(width, channels), nn.GELU())
 
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
-        prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`, or None
+        prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`
     ) -> Tensor: # Map `(b, c, h, w)`
         linear, gelu = self.project
         of_map, of_prefix = linear.weight[:, :self.channels], linear.weight[:, self.channels:]
@@ -62,10 +63,10 @@ class ReadoutConcatBlock(nn.Module):
 
 # %% ../../nbs/decoders/11_dpt.ipynb #reassemble
 class ReassembleBlock(nn.Module):
-    "Bring one map to its stride in the pyramid [(Ranftl et al., 2021)](https://arxiv.org/abs/2103.13413)"
+    "Bring one map to its stride in the pyramid [(Ranftl 2021)](https://arxiv.org/abs/2103.13413)"
     def __init__(self,
         in_channels: int, # Channels of the encoder's map
-        mid_channels: int, # Channels while the size changes
+        mid_channels: int, # Channels in between
         out_channels: int, # Channels of the pyramid
         factor: float, # Enlargement wanted; below 1 the map shrinks
     ):
@@ -78,7 +79,8 @@ class ReassembleBlock(nn.Module):
         elif down > 1:
             self.upsample = nn.Conv2d(mid_channels, mid_channels, 3, stride=down, padding=1)
         else: self.upsample = nn.Identity()
-        self.project_to_feature_dim = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
+        self.project_to_feature_dim = nn.Conv2d(
+            mid_channels, out_channels, 3, padding=1, bias=False)
 
     def forward(self,
         x: Tensor, # Encoder's map `(b, in_channels, h', w')`
@@ -89,7 +91,7 @@ class ReassembleBlock(nn.Module):
 
 # %% ../../nbs/decoders/11_dpt.ipynb #residual
 class ResidualConvBlock(nn.Module):
-    "Add what two convolutions make of the map [(He et al., 2016)](https://arxiv.org/abs/1603.05027)"
+    "Add what two convolutions make of the map [(He 2016)](https://arxiv.org/abs/1603.05027)"
     def __init__(self,
         channels: int, # Channels of the map
     ):
@@ -107,7 +109,7 @@ class ResidualConvBlock(nn.Module):
 
 # %% ../../nbs/decoders/11_dpt.ipynb #fusion
 class FusionBlock(nn.Module):
-    "Add the coarser map, mix, and enlarge for the next finer one [(Lin et al., 2017)](https://arxiv.org/abs/1611.06612)"
+    "Add the coarser map, mix, and enlarge [paper](https://arxiv.org/abs/1611.06612)"
     def __init__(self,
         channels: int, # Channels of the pyramid
     ):
@@ -118,7 +120,7 @@ class FusionBlock(nn.Module):
 
     def forward(self,
         x: Tensor, # Map of the pyramid `(b, channels, h', w')`
-        coarser: Tensor | None, # Map of the coarser level `(b, channels, h', w')`; None at the coarsest
+        coarser: Tensor | None, # Coarser map `(b, channels, h', w')`, or None
         size: tuple[int, int], # Height and width of the result
     ) -> Tensor: # Map `(b, channels, h, w)`
         # a 1x1 convolution and an enlargement change places: so it sees a quarter of the pixels
@@ -141,13 +143,13 @@ readouts = {
 }
 
 class DPTDecoder(nn.Module):
-    "Reassemble each map at its own stride, then fuse from the coarsest [(Ranftl et al., 2021)](https://arxiv.org/abs/2103.13413)"
+    "Reassemble each map, then fuse from the coarsest [paper](https://arxiv.org/abs/2103.13413)"
     def __init__(self,
         encoder_out_channels: Sequence[int], # Channels of each map, in the order of the blocks
         encoder_output_strides: Sequence[int], # Stride of each map
-        encoder_has_prefix_tokens: bool, # Whether tokens without a place come along
-        readout: Literal["ignore", "add", "cat"] = "cat", # What to do with them
-        intermediate_channels: Sequence[int] = (256, 512, 1024, 1024), # Channels of each map while its size changes
+        encoder_has_prefix_tokens: bool, # Whether such tokens come along
+        readout: Literal["ignore", "add", "cat"] = "cat", # Use of tokens without a place
+        intermediate_channels: Sequence[int] = (256, 512, 1024, 1024), # Channels in between
         fusion_channels: int = 256, # Channels of the pyramid
     ):
         super().__init__()
@@ -155,14 +157,15 @@ class DPTDecoder(nn.Module):
         self.encoder_stride = encoder_output_strides[0]
         self.projection_blocks = nn.ModuleList(
             readouts[readout](c, encoder_has_prefix_tokens) for c in encoder_out_channels)
-        widths = zip(encoder_out_channels, intermediate_channels, encoder_output_strides, self.strides)
+        factors = [have/want for have, want in zip(encoder_output_strides, self.strides)]
         self.reassemble_blocks = nn.ModuleList(
-            ReassembleBlock(c, mid, fusion_channels, have/want) for c, mid, have, want in widths)
+            ReassembleBlock(channels, mid, fusion_channels, factor) for channels, mid, factor
+            in zip(encoder_out_channels, intermediate_channels, factors))
         self.fusion_blocks = nn.ModuleList(FusionBlock(fusion_channels) for _ in self.strides)
         self.out_channels = fusion_channels
 
     def forward(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens without a place, of each block
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens of the blocks
     ) -> Tensor: # Map `(b, fusion_channels, h/2, w/2)`
         maps, sizes = self.pyramid(features)
         x = None
@@ -170,8 +173,8 @@ class DPTDecoder(nn.Module):
         return x
 
     def pyramid(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens without a place, of each block
-    ) -> tuple[list[Tensor], list[tuple[int, int]]]: # A map for each stride from 4 on; the sizes from stride 2 on
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens of the blocks
+    ) -> tuple[list[Tensor], list[tuple[int, int]]]: # Maps; sizes from stride 2 on
         maps, prefix_tokens = features
         # images are padded to a multiple of the stride, so the first map tells their size
         height, width = maps[0].shape[-2:]
@@ -187,7 +190,7 @@ class DPTSegmentationHead(nn.Module):
     def __init__(self,
         in_channels: int, # Channels of the decoder's map
         out_channels: int, # Number of classes
-        activation: str | Callable | None = None, # Activation after the enlargement; None returns logits
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
         kernel_size: int = 3, # Height and width of the first convolution
         upsampling: int = 2, # Factor of the enlargement
     ):
@@ -212,19 +215,19 @@ class DPTSegmentationHead(nn.Module):
 # %% ../../nbs/decoders/11_dpt.ipynb #model
 @architectures.register("dpt")
 class DPT(SegmentationModel):
-    "[Dense prediction transformer](https://arxiv.org/abs/2103.13413) (Ranftl et al., 2021) with the blocks of any timm model"
+    "[Dense prediction transformer](https://arxiv.org/abs/2103.13413) on the blocks of a timm model"
     def __init__(self,
-        encoder_name: str | nn.Module = "tu-vit_base_patch16_224.augreg_in21k", # `tu-<timm name>` or a timm name, or a `TimmViTEncoder`
+        encoder_name: str | nn.Module = "tu-vit_base_patch16_224.augreg_in21k", # timm name
         encoder_depth: int = 4, # How many blocks to read
-        encoder_weights: Any = "imagenet", # None or False; True or "imagenet"; a file; a state dict; a function
-        encoder_output_indices: Sequence[int] | None = None, # Which blocks; None for equal distances
-        decoder_readout: Literal["ignore", "add", "cat"] = "cat", # What to do with tokens without a place
-        decoder_intermediate_channels: Sequence[int] = (256, 512, 1024, 1024), # Channels of each map while its size changes, finest first
+        encoder_weights: Any = "imagenet", # None, True, a file, a state dict or a function
+        encoder_output_indices: Sequence[int] | None = None, # Which; None: equal distances
+        decoder_readout: Literal["ignore", "add", "cat"] = "cat", # Use of tokens without a place
+        decoder_intermediate_channels: Sequence[int] = (256, 512, 1024, 1024), # Channels in between
         decoder_fusion_channels: int = 256, # Channels of the pyramid
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         **kwargs, # Arguments of the timm model
     ):
         super().__init__()
@@ -236,14 +239,15 @@ class DPT(SegmentationModel):
         encoder = get_vit_encoder(encoder_name, in_channels, encoder_depth, encoder_weights,
                                   encoder_output_indices, **kwargs)
         _warn_without_prefix(encoder, decoder_readout)
-        decoder = DPTDecoder(encoder.out_channels, encoder.output_strides, encoder.has_prefix_tokens,
-                             decoder_readout, decoder_intermediate_channels, decoder_fusion_channels)
+        decoder = DPTDecoder(
+            encoder.out_channels, encoder.output_strides, encoder.has_prefix_tokens,
+            decoder_readout, decoder_intermediate_channels, decoder_fusion_channels)
         head = DPTSegmentationHead(decoder.out_channels, classes, activation)
         self.assemble("dpt", encoder, decoder, head, aux_params)
 
     def deepest(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # What the encoder returns: maps and tokens
-    ) -> Tensor: # Map of the last block that is read `(b, c, h/s, w/s)`
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens
+    ) -> Tensor: # Map of the last block `(b, c, h/s, w/s)`
         maps, _ = features
         return maps[-1]
 
@@ -261,29 +265,31 @@ def _check_widths(widths, depth):
     "Raise unless there is one number for each map"
     whole = not isinstance(widths, (str, int)) and all(isinstance(w, int) and w > 0 for w in widths)
     if not whole:
-        raise TypeError(f"decoder_intermediate_channels={widths!r}: expected {depth} positive whole numbers, "
-                        "one for each block that is read")
+        raise TypeError(f"decoder_intermediate_channels={widths!r}: expected {depth} "
+                        "positive whole numbers, one for each block that is read")
     if len(widths) != depth:
-        raise ValueError(f"decoder_intermediate_channels has {len(widths)} numbers, {tuple(widths)}, "
-                         f"but {depth} blocks are read (encoder_depth={depth}): give {depth}")
+        raise ValueError(f"decoder_intermediate_channels has {len(widths)} numbers, "
+                         f"{tuple(widths)}, but {depth} blocks are read (encoder_depth={depth}): give {depth}")
 
 def _warn_without_prefix(encoder, readout):
     "Say so when there is nothing to read out"
     if readout == "ignore" or encoder.has_prefix_tokens: return
-    warnings.warn(f"decoder_readout={readout!r}, but {encoder.name!r} has no tokens without a place; "
-                  "'ignore' says what happens", UserWarning, stacklevel=4)
+    warnings.warn(f"decoder_readout={readout!r}, but {encoder.name!r} has no tokens "
+                  "without a place; 'ignore' says what happens", UserWarning, stacklevel=4)
 
 # %% ../../nbs/decoders/11_dpt.ipynb #fast
 class DPTInference(DPTDecoder):
-    "A `DPTDecoder` and the layers of its head, convolved before the last enlargement; for inference"
+    "A `DPTDecoder` and the layers of its head, convolved before enlarging; for inference"
     def __init__(self,
         decoder: DPTDecoder, # Decoder whose parts are taken
         head: nn.Sequential, # Layers of the head; its norm may be folded
     ):
         nn.Module.__init__(self)
         self.strides, self.encoder_stride = decoder.strides, decoder.encoder_stride
-        self.projection_blocks, self.reassemble_blocks = decoder.projection_blocks, decoder.reassemble_blocks
-        self.fusion_blocks, project = decoder.fusion_blocks, decoder.fusion_blocks[-1].project
+        self.projection_blocks = decoder.projection_blocks
+        self.reassemble_blocks = decoder.reassemble_blocks
+        self.fusion_blocks = decoder.fusion_blocks
+        project = decoder.fusion_blocks[-1].project
         decoder.fusion_blocks[-1].project = nn.Identity()
         conv, self.norm, self.relu, _, self.classes = head
         kernel = torch.einsum("omij,mc->ocij", conv.weight, project.weight[:, :, 0, 0])
@@ -294,7 +300,7 @@ class DPTInference(DPTDecoder):
         self.bias = nn.Parameter(bias.detach()[:, None, None].clone(), requires_grad=False)
 
     def forward(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens without a place, of each block
+        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens of the blocks
     ) -> Tensor: # Logits `(b, classes, h/2, w/2)`
         maps, sizes = self.pyramid(features)
         *coarse, last = self.fusion_blocks

@@ -23,9 +23,9 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/04_fpn.ipynb #topdown
 class TopDownBlock(nn.Module):
-    "Enlarge the coarser map and add the lateral one [(Lin et al., 2017)](https://arxiv.org/abs/1612.03144)"
+    "Enlarge the coarser map and add the lateral one [paper](https://arxiv.org/abs/1612.03144)"
     def __init__(self,
-        skip_channels: int, # Channels of the encoder's map; 0 for a level that the encoder does not have
+        skip_channels: int, # Channels of the encoder's map; 0 where it has none
         pyramid_channels: int, # Channels of every map of the pyramid
         interpolation: str = "nearest", # Mode of `F.interpolate`
     ):
@@ -62,11 +62,11 @@ class ConvGroupNormReLU(nn.Module):
 
 # %% ../../nbs/decoders/04_fpn.ipynb #branch
 class SegmentationBranch(nn.Module):
-    "Convolve and double, until the finest size is reached [(Kirillov et al., 2019)](https://arxiv.org/abs/1901.02446)"
+    "Convolve and double, up to the finest size [paper](https://arxiv.org/abs/1901.02446)"
     def __init__(self,
         in_channels: int, # Channels of the pyramid
         out_channels: int, # Channels of the branch; a multiple of 32
-        n_upsamples: int = 0, # How many doublings lie between this level and the finest one
+        n_upsamples: int = 0, # Doublings up to the finest level
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * max(1, n_upsamples)
@@ -74,8 +74,8 @@ class SegmentationBranch(nn.Module):
 
     def forward(self,
         x: Tensor, # Map of the pyramid `(b, in_channels, h', w')`
-        sizes: Sequence[tuple[int, int]] = (), # Height and width after each doubling, coarse to fine
-    ) -> Tensor: # Map `(b, out_channels, h, w)`, or of the size of `x` without doublings
+        sizes: Sequence[tuple[int, int]] = (), # Sizes after each doubling, coarse to fine
+    ) -> Tensor: # Map `(b, out_channels, h, w)`
         for i, conv in enumerate(self.block):
             x = conv(x)
             if i < len(sizes): x = resize(x, sizes[i], align_corners=True)
@@ -85,7 +85,7 @@ class SegmentationBranch(nn.Module):
 class MergeBlock(nn.Module):
     "Add the four branches, or concatenate them"
     def __init__(self,
-        policy: Literal["add", "cat"] = "add", # Sum, or concatenation along the channels
+        policy: Literal["add", "cat"] = "add", # Sum or concatenation
     ):
         super().__init__()
         self.policy = check_choice("merge_policy", policy, ["add", "cat"])
@@ -97,9 +97,9 @@ class MergeBlock(nn.Module):
 
 # %% ../../nbs/decoders/04_fpn.ipynb #pyramid
 class FeaturePyramid(nn.Module):
-    "Top-down pyramid over the last four maps of an encoder [(Lin et al., 2017)](https://arxiv.org/abs/1612.03144)"
+    "Top-down pyramid over the last four maps [paper](https://arxiv.org/abs/1612.03144)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         pyramid_channels: int = 256, # Channels of every map of the pyramid
         interpolation: str = "nearest", # Mode of `F.interpolate` between levels
     ):
@@ -117,7 +117,7 @@ class FeaturePyramid(nn.Module):
 
     def pyramid(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
-    ) -> list[Tensor]: # Four maps, deepest first, each `(b, pyramid_channels, h/s, w/s)`
+    ) -> list[Tensor]: # Deepest first `(b, pyramid_channels, h/s, w/s)`
         *_, c2, c3, c4, c5 = features
         p5 = self.p5(c5)
         p4 = self.p4(p5, c4)
@@ -131,13 +131,13 @@ class FeaturePyramid(nn.Module):
 
 # %% ../../nbs/decoders/04_fpn.ipynb #decoder
 class FPNDecoder(FeaturePyramid):
-    "Semantic branch on top of a `FeaturePyramid` [(Kirillov et al., 2019)](https://arxiv.org/abs/1901.02446)"
+    "Semantic branch on top of a `FeaturePyramid` [paper](https://arxiv.org/abs/1901.02446)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         pyramid_channels: int = 256, # Channels of the pyramid
         segmentation_channels: int = 128, # Channels of each branch; a multiple of 32
-        dropout: float = 0.2, # Probability of dropping a channel of the merged map
-        merge_policy: Literal["add", "cat"] = "add", # How the four branches become one map
+        dropout: float = 0.2, # Probability of dropping a channel
+        merge_policy: Literal["add", "cat"] = "add", # How the branches become one map
         interpolation: str = "nearest", # Mode of `F.interpolate` in the top-down path
     ):
         super().__init__(encoder_channels, pyramid_channels, interpolation)
@@ -159,21 +159,21 @@ class FPNDecoder(FeaturePyramid):
 # %% ../../nbs/decoders/04_fpn.ipynb #model
 @architectures.register("fpn")
 class FPN(SegmentationModel):
-    "[FPN](https://arxiv.org/abs/1612.03144) with the semantic branch of [Panoptic FPN](https://arxiv.org/abs/1901.02446)"
+    "[FPN](https://arxiv.org/abs/1612.03144) with the branch of Panoptic FPN"
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or an encoder
         encoder_depth: int = 5, # Encoder stages: 3, 4 or 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_weights: Any = "imagenet", # None, a tag, True, a file, a state dict or a function
         decoder_pyramid_channels: int = 256, # Channels of the pyramid
         decoder_segmentation_channels: int = 128, # Channels of each branch; a multiple of 32
-        decoder_merge_policy: Literal["add", "cat"] = "add", # How the four branches become one map
-        decoder_dropout: float = 0.2, # Probability of dropping a channel of the merged map
+        decoder_merge_policy: Literal["add", "cat"] = "add", # How the branches become one map
+        decoder_dropout: float = 0.2, # Probability of dropping a channel
         decoder_interpolation: str = "nearest", # Mode of `F.interpolate` in the top-down path
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        upsampling: int | None = None, # Enlargement after the head; None for the stride
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
@@ -181,8 +181,9 @@ class FPN(SegmentationModel):
         check_choice("decoder_merge_policy", decoder_merge_policy, ["add", "cat"])
         check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
         encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        decoder = FPNDecoder(encoder.out_channels, decoder_pyramid_channels, decoder_segmentation_channels,
-                             decoder_dropout, decoder_merge_policy, decoder_interpolation)
+        decoder = FPNDecoder(
+            encoder.out_channels, decoder_pyramid_channels, decoder_segmentation_channels,
+            decoder_dropout, decoder_merge_policy, decoder_interpolation)
         factor = decoder.stride if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
         self.assemble("fpn", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
@@ -191,14 +192,16 @@ class FPN(SegmentationModel):
         "Move the head's convolution into the decoder; changes the model, so give it a copy"
         decoder, head = self.decoder, self.segmentation_head
         ours = type(decoder) is FPNDecoder and type(head) is SegmentationHead
-        if ours and head[0].kernel_size == (1, 1) and head[0].out_channels < self.decoder.out_channels:
-            self.decoder = FPNInference(decoder, head[0])
+        if not ours: return self
+        conv = head[0]
+        if conv.kernel_size == (1, 1) and conv.out_channels < decoder.out_channels:
+            self.decoder = FPNInference(decoder, conv)
             head[0] = nn.Identity()
         return self
 
 # %% ../../nbs/decoders/04_fpn.ipynb #fast-more
 class FinestLevel(nn.Module):
-    "A `TopDownBlock` and the unit behind it, convolved before the coarser map is enlarged; for inference"
+    "A `TopDownBlock` and the unit behind it, convolved before enlarging; for inference"
     def __init__(self,
         rung: TopDownBlock, # Rung of the finest level
         unit: ConvGroupNormReLU, # Unit that reads it
@@ -209,7 +212,8 @@ class FinestLevel(nn.Module):
         self.interpolation = rung.interpolation
         self.kernel = nn.Parameter(kernel.clone(), requires_grad=False)
         self.shift = nn.Parameter(lateral.bias.detach()[:, None, None].clone(), requires_grad=False)
-        self.lateral = conv_of(torch.einsum("omhw,mc->ochw", kernel, lateral.weight[:, :, 0, 0]), conv.bias)
+        composed = torch.einsum("omhw,mc->ochw", kernel, lateral.weight[:, :, 0, 0])
+        self.lateral = conv_of(composed, conv.bias)
 
     def forward(self,
         x: Tensor, # Coarser map of the pyramid `(b, pyramid_channels, h', w')`
@@ -230,8 +234,9 @@ class FPNInference(nn.Module):
         *coarse, finest = decoder.seg_blocks
         self.coarse, self.branch, self.composed = nn.ModuleList(coarse), finest, None
         if _composes(decoder.p2, finest.block[0]):
-            self.composed, self.p2, self.branch = FinestLevel(decoder.p2, finest.block[0]), None, None
-        # a head behind a sum is the same head on each term; behind a concatenation each has its part
+            self.composed = FinestLevel(decoder.p2, finest.block[0])
+            self.p2 = self.branch = None
+        # behind a sum each term gets the same head, behind a concatenation its own part
         added = decoder.merge.policy == "add"
         parts = [head.weight]*4 if added else head.weight.chunk(4, dim=1)
         self.heads = nn.ModuleList(conv_of(part) for part in parts[:3])
@@ -244,11 +249,13 @@ class FPNInference(nn.Module):
         p5 = self.p5(c5)
         p4 = self.p4(p5, c4)
         p3 = self.p3(p4, c3)
-        finest = self.composed(p3, c2) if self.composed else self.branch(self.p2(p3, c2))
+        if self.composed is not None: finest = self.composed(p3, c2)
+        else: finest = self.branch(self.p2(p3, c2))
         logits = self.finest_head(finest)
         sizes = [m.shape[-2:] for m in (c4, c3)]  # all doublings but the last
-        for branch, p, steps, head in zip(self.coarse, (p5, p4, p3), (sizes, sizes[1:], []), self.heads):
-            logits = logits + resize(head(branch(p, steps)), c2.shape[-2:], align_corners=True)
+        for i, p in enumerate((p5, p4, p3)):
+            coarse = self.heads[i](self.coarse[i](p, sizes[i:]))
+            logits = logits + resize(coarse, c2.shape[-2:], align_corners=True)
         return logits
 
 def _composes(rung, unit):

@@ -23,7 +23,7 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/10_segformer.ipynb #mlp
 class MLP(nn.Module):
-    "The same linear layer at every pixel [(Xie et al., 2021)](https://arxiv.org/abs/2105.15203)"
+    "The same linear layer at every pixel [(Xie 2021)](https://arxiv.org/abs/2105.15203)"
     def __init__(self,
         in_channels: int, # Channels of the encoder's map
         out_channels: int, # Channels of the result
@@ -38,9 +38,9 @@ class MLP(nn.Module):
 
 # %% ../../nbs/decoders/10_segformer.ipynb #decoder
 class SegformerDecoder(nn.Module):
-    "Mix each level, enlarge, mix all levels [(Xie et al., 2021)](https://arxiv.org/abs/2105.15203)"
+    "Mix each level, enlarge, mix all levels [(Xie 2021)](https://arxiv.org/abs/2105.15203)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         segmentation_channels: int = 256, # Channels of each level's map, and of the result
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
@@ -52,7 +52,8 @@ class SegformerDecoder(nn.Module):
         self.levels = [i for i in range(depth, 0, -1) if encoder_channels[i]]  # deepest first
         self.mlp_stage = nn.ModuleList(
             MLP(encoder_channels[i], segmentation_channels) for i in self.levels)
-        self.fuse_stage = Conv2dReLU(len(self.levels)*segmentation_channels, segmentation_channels, 1)
+        width = len(self.levels)*segmentation_channels
+        self.fuse_stage = Conv2dReLU(width, segmentation_channels, 1)
         self.out_channels, self.interpolation = segmentation_channels, interpolation
 
     def forward(self,
@@ -86,7 +87,8 @@ class ComposedSegformerDecoder(SegformerDecoder):
         bias: Tensor, # Constant `(segmentation_channels,)`
     ) -> Tensor: # What this level adds `(b, segmentation_channels, h/4, w/4)`
         size, x = features[2].shape[-2:], features[level]
-        if level < 2: x = resize(x, size, self.interpolation)  # a finer map shrinks before it is mixed
+        # a finer map shrinks before it is mixed
+        if level < 2: x = resize(x, size, self.interpolation)
         return resize(F.conv2d(x, weight[:, :, None, None], bias), size, self.interpolation)
 
     inference_form = SegformerDecoder.inference_form
@@ -102,8 +104,8 @@ class SegformerInference(nn.Module):
         self.levels, self.interpolation = decoder.levels, decoder.interpolation
         parts = conv.weight.flatten(1).chunk(len(self.levels), dim=1)
         linears = [mlp.linear for mlp in decoder.mlp_stage]
-        self.convs = nn.ModuleList(
-            conv_of((part @ linear.weight)[:, :, None, None]) for part, linear in zip(parts, linears))
+        products = [part @ linear.weight for part, linear in zip(parts, linears)]
+        self.convs = nn.ModuleList(conv_of(product[:, :, None, None]) for product in products)
         bias = sum(part @ linear.bias for part, linear in zip(parts, linears))
         if conv.bias is not None: bias = bias + conv.bias
         self.bias = nn.Parameter(bias.detach()[:, None, None].clone(), requires_grad=False)
@@ -121,17 +123,17 @@ class SegformerInference(nn.Module):
 # %% ../../nbs/decoders/10_segformer.ipynb #model
 @architectures.register("segformer")
 class Segformer(SegmentationModel):
-    "[SegFormer](https://arxiv.org/abs/2105.15203) (Xie et al., 2021) with any encoder"
+    "[SegFormer](https://arxiv.org/abs/2105.15203) (Xie 2021) with any encoder"
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or an encoder
         encoder_depth: int = 5, # Encoder stages: 3, 4 or 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_weights: Any = "imagenet", # None, a tag, True, a file, a state dict or a function
         decoder_segmentation_channels: int = 256, # Channels of every map of the decoder
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        upsampling: int | None = None, # Enlargement after the head; None for the stride
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` between levels
         decoder_composed: bool = False, # Use `ComposedSegformerDecoder`: equal, and less work
         **kwargs, # Arguments of the encoder
@@ -144,4 +146,4 @@ class Segformer(SegmentationModel):
         decoder = kind(encoder.out_channels, decoder_segmentation_channels, decoder_interpolation)
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder_segmentation_channels, classes, 1, activation, factor)
-        self.assemble("segformer", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
+        self.assemble("segformer", encoder, decoder, head, aux_params, upsampling is None)

@@ -23,12 +23,12 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/09_upernet.ipynb #context
 class ContextBlock(nn.Sequential):
-    "Average over a grid of regions, mix channels [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
+    "Average over a grid of regions, mix channels [(Zhao 2017)](https://arxiv.org/abs/1612.01105)"
     def __init__(self,
         in_channels: int, # Channels of the map
         out_channels: int, # Channels of the result
         size: int, # Rows and columns of the grid
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
     ):
         conv = Conv2dReLU(in_channels, out_channels, 1, use_norm=use_norm)
         # one place has no variance over places: these two norms would leave nothing of it, or fail
@@ -38,18 +38,20 @@ class ContextBlock(nn.Sequential):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #pooling
 class PyramidPooling(nn.Module):
-    "The deepest map and its averages over four grids, mixed [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
+    "The deepest map and its means over grids, mixed [paper](https://arxiv.org/abs/1612.01105)"
     def __init__(self,
         in_channels: int, # Channels of the deepest map
         out_channels: int, # Channels of each context and of the result
         sizes: Sequence[int] = (1, 2, 3, 6), # Rows and columns of each grid
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm of the contexts, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
         self.interpolation = interpolation
-        self.blocks = nn.ModuleList(ContextBlock(in_channels, out_channels, size, use_norm) for size in sizes)
-        self.out_conv = Conv2dReLU(in_channels + len(sizes)*out_channels, out_channels, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ContextBlock(in_channels, out_channels, size, use_norm) for size in sizes)
+        width = in_channels + len(sizes)*out_channels
+        self.out_conv = Conv2dReLU(width, out_channels, 3, padding=1)
 
     def forward(self,
         x: Tensor, # Deepest map `(b, in_channels, h, w)`
@@ -59,11 +61,11 @@ class PyramidPooling(nn.Module):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #lateral
 class LateralBlock(nn.Module):
-    "Add the enlarged coarser map to the encoder's map [(Lin et al., 2017)](https://arxiv.org/abs/1612.03144)"
+    "Add the enlarged coarser map to the encoder's map [paper](https://arxiv.org/abs/1612.03144)"
     def __init__(self,
         skip_channels: int, # Channels of the encoder's map
         pyramid_channels: int, # Channels of every map of the pyramid
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
@@ -78,18 +80,18 @@ class LateralBlock(nn.Module):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #pyramid
 class PooledPyramid(nn.Module):
-    "Pyramid pooling on top of a feature pyramid [(Xiao et al., 2018)](https://arxiv.org/abs/1807.10221)"
+    "Pyramid pooling on top of a feature pyramid [(Xiao 2018)](https://arxiv.org/abs/1807.10221)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         decoder_channels: int = 256, # Channels of every map of the decoder
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
         depth = len(encoder_channels) - 1
         if depth < 3:
-            raise ValueError(f"encoder_depth={depth}: a UPerNet reads two maps or more, from stride 4 on; "
-                             "use a depth of 3, 4 or 5")
+            raise ValueError(f"encoder_depth={depth}: a UPerNet reads two maps or more, "
+                             "from stride 4 on; use a depth of 3, 4 or 5")
         self.interpolation = interpolation
         *skips, deepest = encoder_channels[2:]
         self.feature_norms = nn.ModuleList(LayerNorm2d(c, eps=1e-6) for c in (*skips, deepest))
@@ -100,7 +102,7 @@ class PooledPyramid(nn.Module):
 
     def pyramid(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
-    ) -> list[Tensor]: # Maps of the walk down, deepest first, each `(b, decoder_channels, h/s, w/s)`
+    ) -> list[Tensor]: # Maps, deepest first `(b, decoder_channels, h/s, w/s)`
         *skips, deepest = (norm(f) for norm, f in zip(self.feature_norms, features[2:]))
         levels = [self.psp(deepest)]
         for lateral, skip in zip(self.fpn_lateral_blocks, reversed(skips)):
@@ -114,23 +116,24 @@ class PooledPyramid(nn.Module):
 
 # %% ../../nbs/decoders/09_upernet.ipynb #decoder
 class UPerNetDecoder(PooledPyramid):
-    "All levels of a `PooledPyramid` fused at its finest size [(Xiao et al., 2018)](https://arxiv.org/abs/1807.10221)"
+    "All levels of a `PooledPyramid`, fused at stride 4 [paper](https://arxiv.org/abs/1807.10221)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four or more
+        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         decoder_channels: int = 256, # Channels of every map of the decoder
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__(encoder_channels, decoder_channels, use_norm, interpolation)
         rungs = len(self.fpn_lateral_blocks)
-        def conv(channels): return Conv2dReLU(channels, decoder_channels, 3, padding=1, use_norm=use_norm)
+        def conv(channels):
+            return Conv2dReLU(channels, decoder_channels, 3, padding=1, use_norm=use_norm)
         self.fpn_conv_blocks = nn.ModuleList(conv(decoder_channels) for _ in range(rungs))
         self.fusion_block = conv((rungs + 1)*decoder_channels)
         self.out_channels = decoder_channels
 
     def polished(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
-    ) -> list[Tensor]: # Maps that are fused, finest first, each `(b, decoder_channels, h/s, w/s)`
+    ) -> list[Tensor]: # Maps, finest first `(b, decoder_channels, h/s, w/s)`
         top, *levels = self.pyramid(features)
         maps = [top, *(conv(level) for conv, level in zip(self.fpn_conv_blocks, levels))]
         return maps[::-1]
@@ -140,7 +143,8 @@ class UPerNetDecoder(PooledPyramid):
     ) -> Tensor: # Map `(b, decoder_channels, h/4, w/4)`
         maps = self.polished(features)
         size = maps[0].shape[-2:]
-        return self.fusion_block(torch.cat([resize(m, size, self.interpolation) for m in maps], dim=1))
+        maps = [resize(m, size, self.interpolation) for m in maps]
+        return self.fusion_block(torch.cat(maps, dim=1))
 
     def inference_form(self) -> nn.Module: # An equal decoder for inference, with less work
         "See `UPerNetInference`, at the end of the page"
@@ -149,18 +153,18 @@ class UPerNetDecoder(PooledPyramid):
 # %% ../../nbs/decoders/09_upernet.ipynb #model
 @architectures.register("upernet")
 class UPerNet(SegmentationModel):
-    "[UPerNet](https://arxiv.org/abs/1807.10221) (Xiao et al., 2018) with any encoder"
+    "[UPerNet](https://arxiv.org/abs/1807.10221) (Xiao 2018) with any encoder"
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or an encoder
         encoder_depth: int = 5, # Encoder stages: 3, 4 or 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_weights: Any = "imagenet", # None, a tag, True, a file, a state dict or a function
         decoder_channels: int = 256, # Channels of every map of the decoder
-        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, see `get_norm_layer`
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
-        activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        activation: str | Callable | None = None, # Activation of the mask; None returns logits
+        upsampling: int | None = None, # Enlargement after the head; None for the stride
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`
         decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` between levels
         **kwargs, # Arguments of the encoder
     ):
@@ -168,10 +172,11 @@ class UPerNet(SegmentationModel):
         check_choice("encoder_depth", encoder_depth, [3, 4, 5])
         check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
         encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        decoder = UPerNetDecoder(encoder.out_channels, decoder_channels, decoder_use_norm, decoder_interpolation)
+        decoder = UPerNetDecoder(
+            encoder.out_channels, decoder_channels, decoder_use_norm, decoder_interpolation)
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder_channels, classes, 1, activation, factor)
-        self.assemble("upernet", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
+        self.assemble("upernet", encoder, decoder, head, aux_params, upsampling is None)
 
 # %% ../../nbs/decoders/09_upernet.ipynb #fast
 class UPerNetInference(UPerNetDecoder):
