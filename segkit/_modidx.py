@@ -2474,6 +2474,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'segkit/model/model.py'),
                                     'segkit.model.model.SegmentationModel.frame': ( 'model/model.html#segmentationmodel.frame',
                                                                                     'segkit/model/model.py'),
+                                    'segkit.model.model._Encoder': ('model/model.html#_encoder', 'segkit/model/model.py'),
                                     'segkit.model.model._channel_hint': ('model/model.html#_channel_hint', 'segkit/model/model.py'),
                                     'segkit.model.model._drop_other_shapes': ( 'model/model.html#_drop_other_shapes',
                                                                                'segkit/model/model.py'),

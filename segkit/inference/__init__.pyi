@@ -1,7 +1,6 @@
 from .fold import fold_norms as fold_norms
 from .fuse import Fused as Fused
 from .fuse import agreement as agreement
-from .fuse import fuse as fuse
 from .tiles import tiled as tiled
 from .views import View as View
 from .views import get_views as get_views

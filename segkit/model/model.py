@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..core.geometry import cut_back, pad_to_least, pad_to_multiple
 from ..core.init import initialize_decoder, initialize_head
+from ..encoders.base import EncoderMixin
 from ..heads.classification import ClassificationHead
 from .config import plain_arguments
 from .hub import HubMixin
@@ -48,9 +49,12 @@ def _channel_hint(shape, channels):
     return f"or build the model with in_channels={shape[1]}"
 
 # %% ../../nbs/model/02_model.ipynb #freeze
+class _Encoder(EncoderMixin, nn.Module):
+    "An encoder, for type checkers"
+
 class FreezeMixin:
     "Freezing of `self.encoder`, whole or by stage; put it before `nn.Module`"
-    encoder: nn.Module
+    encoder: _Encoder
 
     def freeze_encoder(self,
         stages: Iterable[int] | None = None, # Stages to freeze, 1 the finest; None for all
@@ -99,7 +103,7 @@ def _parameters_of(encoder, stages):
 # %% ../../nbs/model/02_model.ipynb #load
 class LoadMixin:
     "Loading of weights; put it before `nn.Module`"
-    encoder: nn.Module
+    encoder: _Encoder
     # patterns of names that checkpoints may hold although no computation uses them
     unused_tensors: Sequence[str] = ()
 
@@ -158,6 +162,7 @@ def _drop_other_shapes(state, own):
 class Assembly(nn.Module):
     "Encoder, decoder and heads under one roof"
     enlarge_mask = True  # whether a mask coarser than the image is brought to its size
+    encoder: _Encoder
     decoder: nn.Module
     segmentation_head: nn.Module
     classification_head: nn.Module | None
