@@ -29,16 +29,17 @@ class Grid:
     "Which nodes a U-Net++ has, how wide they are, and which of them carry a mask"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
-        decoder_channels: Sequence[int], # Channels of the outermost nodes, deepest first; one for each encoder stage
+        decoder_channels: Sequence[int], # Channels of the outermost nodes, deepest first
     ):
         self.depth = len(encoder_channels) - 1
         self.deep_first, self.outer = list(encoder_channels[::-1]), list(decoder_channels)
         rows = [l for l in range(1, self.depth - 1) if self.width(1, l)]
-        self.row = max(rows, default=0)  # finest row with inner nodes: their masks are the shallower levels
+        # finest row with inner nodes: their masks are the shallower levels
+        self.row = max(rows, default=0)
         self.levels = self.row + 1
 
     def width(self, d: int, l: int) -> int:
-        "Channels of node `x_{d}_{l}`: free in the outermost path, elsewhere the encoder's at that size"
+        "Channels of node `x_{d}_{l}`: free in the outermost path, elsewhere the encoder's"
         return self.outer[l] if d == 0 else self.deep_first[l + 1]
 
     def inputs(self, d: int, l: int) -> tuple[int, int | None]:
@@ -67,10 +68,10 @@ class Grid:
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #decoder
 class UnetPlusPlusDecoder(nn.Module):
-    "Nodes between encoder and outermost path, each fed by all nodes to its left [(Zhou et al., 2018)](https://arxiv.org/abs/1807.10165)"
+    "Nodes fed by all nodes to their left [(Zhou et al., 2018)](https://arxiv.org/abs/1807.10165)"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
-        decoder_channels: Sequence[int], # Channels of the outermost nodes, deepest first; one for each encoder stage
+        decoder_channels: Sequence[int], # Channels of the outermost nodes, deepest first
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
         attention_type: str | None = None, # None or "scse"
         interpolation_mode: str = "nearest", # Mode of `F.interpolate`
@@ -95,9 +96,9 @@ class UnetPlusPlusDecoder(nn.Module):
         return [(self.grid.width(d, l), 2**(self.grid.depth - 1 - l)) for d, l in self.ends]
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first; a sub-network leaves the deepest unread
+        features: Sequence[Tensor], # Encoder's maps, finest first; sub-networks read fewer
         all_levels: bool = False, # Whether to return the map of each level
-    ) -> Tensor | list[Tensor]: # Map `(b, out_channels, h/stride, w/stride)`, or such a map for each level, the deepest sub-network first
+    ) -> Tensor | list[Tensor]: # Map `(b, out_channels, h/s, w/s)`, or one a level
         depth, made = self.grid.depth, {}
         for d, l in self.grid.order(self.level):
             stage = depth - 1 - l
@@ -109,8 +110,9 @@ class UnetPlusPlusDecoder(nn.Module):
 
     def inference_form(self) -> nn.Module: # Equal decoder for evaluation
         "The decoder without enlarged and joined maps; nodes with attention need those"
-        plain = any(isinstance(block.attention1.attention, SCSEModule) for block in self.blocks.values())
-        return self if plain else UnetPlusPlusInference(self)
+        attentions = [block.attention1.attention for block in self.blocks.values()]
+        if any(isinstance(attention, SCSEModule) for attention in attentions): return self
+        return UnetPlusPlusInference(self)
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #model
 @architectures.register("unetplusplus")
@@ -250,5 +252,6 @@ class UnetPlusPlusInference(nn.Module):
             below = made[d, l - 1] if l > d else features[depth - d]
             _, joined = self.grid.inputs(d, l)
             beside = [made[i, l] for i in range(d + 1, l + 1) if (i, l) in made] + [finer]
-            made[d, l] = self.blocks[f"x_{d}_{l}"](below, finer.shape[-2:], beside if joined else [])
+            if not joined: beside = []
+            made[d, l] = self.blocks[f"x_{d}_{l}"](below, finer.shape[-2:], beside)
         return made[self.end]
