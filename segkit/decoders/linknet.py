@@ -63,7 +63,8 @@ class LinknetDecoder(nn.Module):
         depth, widths = len(encoder_channels) - 1, []
         if not encoder_channels[-1]:
             raise ValueError(f"encoder_depth={depth}: this encoder has no map at stride "
-                             f"{2**depth}, so there is nothing to decode; use a depth from {depth + 1} to 5")
+                             f"{2**depth}, so there is nothing to decode; "
+                             f"use a depth from {depth + 1} to 5")
         for c in encoder_channels[:0:-1]:
             widths.append(c or widths[-1])  # a missing level passes on what comes from below
         self.blocks = nn.ModuleList(LinknetBlock(below, out, use_norm)
