@@ -4,6 +4,7 @@ import torch
 from oracle import AUX, assert_same, check_sizes, randomise, smp, trains, widths, without_gradient
 from torch.testing import assert_close
 
+import segkit
 from segkit.decoders.unetplusplus import UnetPlusPlus
 
 
@@ -81,6 +82,21 @@ def test_prune(encoder, count):
     assert sizes == sorted(set(sizes))
     with pytest.raises(ValueError, match="level=5"): model.prune(5)
     with pytest.raises(ValueError, match="deep_supervision"): build().prune(1)
+
+
+def test_prune_with_parts_that_are_no_plain_data():
+    "An encoder that was built already, an activation without a name; on both sides the same numbers"
+    encoder = segkit.encoders.get_encoder("resnet18", weights=None)
+    model = randomise(build(encoder, decoder_channels=widths(5), deep_supervision=True,
+                            activation=lambda: torch.nn.Tanh())).double()
+    x = torch.randn(1, 3, 65, 71, dtype=torch.float64)
+    for m in model.modules(): m.training = m is model
+    with torch.no_grad(): masks = model(x)
+    model.eval()
+    for level in (1, 3):
+        small = model.prune(level)
+        with torch.no_grad(): assert torch.equal(small(x), masks[4 - level])
+    with torch.no_grad(): assert torch.equal(model(x), masks[0])  # pruning leaves the large one as it was
 
 
 def test_prune_keeps_the_label():

@@ -25,12 +25,12 @@ class TransposeX2(nn.Sequential):
         channels: int, # Channels of input and output
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
     ):
-        super().__init__(nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1), get_norm_layer(use_norm, channels),
-                         nn.ReLU(inplace=True))
+        conv = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
+        super().__init__(conv, get_norm_layer(use_norm, channels), nn.ReLU(inplace=True))
 
 # %% ../../nbs/decoders/03_linknet.ipynb #block
 class LinknetBlock(nn.Module):
-    "Narrow, double, widen, add the encoder's map [(Chaurasia and Culurciello, 2017)](https://arxiv.org/abs/1707.03718)"
+    "Narrow, double, widen, add [(Chaurasia, 2017)](https://arxiv.org/abs/1707.03718)"
     def __init__(self,
         in_channels: int, # Channels of the map from below
         out_channels: int, # Channels of the result, and of the encoder's map
@@ -38,8 +38,11 @@ class LinknetBlock(nn.Module):
     ):
         super().__init__()
         narrow = max(1, in_channels//4)
-        self.block = nn.Sequential(Conv2dReLU(in_channels, narrow, 1, use_norm=use_norm), TransposeX2(narrow, use_norm),
-                                   Conv2dReLU(narrow, out_channels, 1, use_norm=use_norm))
+        self.block = nn.Sequential(
+            Conv2dReLU(in_channels, narrow, 1, use_norm=use_norm),
+            TransposeX2(narrow, use_norm),
+            Conv2dReLU(narrow, out_channels, 1, use_norm=use_norm),
+        )
 
     def forward(self,
         x: Tensor, # Map from below `(b, in_channels, h, w)`
@@ -50,7 +53,7 @@ class LinknetBlock(nn.Module):
 
 # %% ../../nbs/decoders/03_linknet.ipynb #decoder
 class LinknetDecoder(nn.Module):
-    "Blocks from the deepest map to full size [(Chaurasia and Culurciello, 2017)](https://arxiv.org/abs/1707.03718)"
+    "Blocks from the deepest map up [(Chaurasia, 2017)](https://arxiv.org/abs/1707.03718)"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         prefinal_channels: int = 32, # Channels of the result
@@ -59,14 +62,16 @@ class LinknetDecoder(nn.Module):
         super().__init__()
         depth, widths = len(encoder_channels) - 1, []
         if not encoder_channels[-1]:
-            raise ValueError(f"encoder_depth={depth}: this encoder has no map at stride {2**depth}, so there is nothing to decode; "
+            raise ValueError(f"encoder_depth={depth}: this encoder has no map at stride "
+                             f"{2**depth}, so there is nothing to decode; "
                              f"use a depth from {depth + 1} to 5")
         for c in encoder_channels[:0:-1]:
-            widths.append(c or widths[-1])  # a level that is missing passes on what comes from below
+            widths.append(c or widths[-1])  # a missing level passes on what comes from below
         self.blocks = nn.ModuleList(LinknetBlock(below, out, use_norm)
                                     for below, out in zip(widths, [*widths[1:], prefinal_channels]))
         # level that each block adds; None where the encoder has no map, and at full size
-        self.skip_levels = [level if encoder_channels[level] else None for level in range(depth - 1, 0, -1)] + [None]
+        levels = range(depth - 1, 0, -1)
+        self.skip_levels = [level if encoder_channels[level] else None for level in levels] + [None]
         self.out_channels = prefinal_channels
 
     def forward(self,
@@ -88,22 +93,24 @@ class Linknet(SegmentationModel):
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
 
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built
         encoder_depth: int = 5, # Encoder stages, 1 to 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
-        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict
+        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # As in `get_norm_layer`
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
         activation: str | Callable | None = None, # Activation after the head; None returns logits
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`, or None
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
-        decoder_use_norm = take_renamed("Linknet", kwargs, "decoder_use_batchnorm", "decoder_use_norm", decoder_use_norm)
+        decoder_use_norm = take_renamed("Linknet", kwargs, "decoder_use_batchnorm",
+                                        "decoder_use_norm", decoder_use_norm)
         encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
         if encoder.output_stride != 2**encoder.depth:
-            raise ValueError(f"output_stride={encoder.output_stride}: every block of a Linknet doubles, so the deepest map "
-                             f"must have stride {2**encoder.depth}; leave output_stride at 32")
+            raise ValueError(f"output_stride={encoder.output_stride}: every block of a Linknet "
+                             f"doubles, so the deepest map must have stride "
+                             f"{2**encoder.depth}; leave output_stride at 32")
         decoder = LinknetDecoder(encoder.out_channels, use_norm=decoder_use_norm)
         head = SegmentationHead(decoder.out_channels, classes, kernel_size=1, activation=activation)
         self.assemble("link", encoder, decoder, head, aux_params)

@@ -32,7 +32,7 @@ def joint_attention(
     key: Tensor, # Keys `(b, m, k)`
     value: Tensor, # Values `(b, m, c)`
 ) -> Tensor: # Answers `(b, n, c)`
-    "Attention whose weights sum to one over all pairs of query and key, not for each query; as in SMP"
+    "Attention whose weights sum to one over all pairs of query and key; as in SMP"
     scores = query @ key.transpose(1, 2)
     return scores.flatten(1).softmax(1).view_as(scores) @ value
 
@@ -42,7 +42,7 @@ class PositionAttention(nn.Module):
     def __init__(self,
         in_channels: int, # Channels of the map
         pab_channels: int = 64, # Channels of queries and keys
-        form: Literal["joint", "rowwise"] = "joint", # SMP's arithmetic, or attention as in the paper
+        form: Literal["joint", "rowwise"] = "joint", # SMP's arithmetic, or the paper's
         chunk: int = 4096, # Number of cells above which `"joint"` works in pieces of that many rows
     ):
         super().__init__()
@@ -83,7 +83,8 @@ def joint_attention_chunked(
         scores = query @ key.transpose(1, 2)
         return scores.softmax(2) @ value, scores.logsumexp(2, keepdim=True)
     run = rows
-    if torch.is_grad_enabled():  # recompute the rows in the backward pass, or they would all be kept
+    # in training the rows are computed again in the backward pass, or all would be kept
+    if torch.is_grad_enabled():
         run = partial(checkpoint, rows, use_reentrant=False, preserve_rng_state=False)
     parts = [run(q, key, value) for q in query.split(chunk, 1)]
     answers, mass = (torch.cat(t, 1) for t in zip(*parts, strict=True))
@@ -93,12 +94,13 @@ def joint_answers(query: Tensor, key: Tensor, value: Tensor, chunk: int) -> Tens
     "`joint_attention`, in pieces where there are more than `chunk` queries; one call for torch.fx"
     if has_torch_function((query, key, value)):
         return handle_torch_function(joint_answers, (query, key, value), query, key, value, chunk)
-    if torch.compiler.is_compiling() or query.shape[1] <= chunk: return joint_attention(query, key, value)
+    whole = torch.compiler.is_compiling() or query.shape[1] <= chunk
+    if whole: return joint_attention(query, key, value)
     return joint_attention_chunked(query, key, value, chunk)
 
 # %% ../../nbs/decoders/02_manet.ipynb #mfab
 class FusionAttention(nn.Module):
-    "Enlarge, weigh channels by both maps, concatenate, convolve twice [(Fan et al., 2020)](https://doi.org/10.1109/ACCESS.2020.3025372)"
+    "Weigh channels by both maps [(Fan et al., 2020)](https://doi.org/10.1109/ACCESS.2020.3025372)"
     def __init__(self,
         in_channels: int, # Channels of the map from below
         skip_channels: int, # Channels of the encoder's map
@@ -108,8 +110,10 @@ class FusionAttention(nn.Module):
         reduction: int = 16, # How much narrower the channel gates are in the middle
     ):
         super().__init__()
-        self.hl_conv = nn.Sequential(Conv2dReLU(in_channels, in_channels, 3, padding=1, use_norm=use_norm),
-                                     Conv2dReLU(in_channels, skip_channels, 1, use_norm=use_norm))
+        self.hl_conv = nn.Sequential(
+            Conv2dReLU(in_channels, in_channels, 3, padding=1, use_norm=use_norm),
+            Conv2dReLU(in_channels, skip_channels, 1, use_norm=use_norm),
+        )
         self.SE_ll = channel_gate(skip_channels, reduction)
         self.SE_hl = channel_gate(skip_channels, reduction)
         self.conv1 = Conv2dReLU(2*skip_channels, out_channels, 3, padding=1, use_norm=use_norm)
@@ -151,20 +155,25 @@ class MAnetDecoder(nn.Module):
 
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
-        decoder_channels: Sequence[int], # Channels of each block's result, deepest first; one for each encoder stage
+        decoder_channels: Sequence[int], # Channels of each block's result, deepest first
         pab_channels: int = 64, # Channels of queries and keys
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
         interpolation_mode: str = "nearest", # Mode of `F.interpolate`
-        pab_form: Literal["joint", "rowwise"] = "joint", # SMP's arithmetic, or attention as in the paper
+        pab_form: Literal["joint", "rowwise"] = "joint", # SMP's arithmetic, or the paper's
     ):
         super().__init__()
         check_widths("decoder_channels", decoder_channels, len(encoder_channels) - 1)
         deepest, *skips = encoder_channels[:0:-1]
         widths = [deepest, *decoder_channels]
+        if not deepest:
+            raise ValueError(f"encoder_depth={len(skips) + 1}: the encoder has no map there; "
+                             "use a depth of at least 2")
         self.center = PositionAttention(deepest, pab_channels, pab_form)
         options = dict(use_norm=use_norm, interpolation_mode=interpolation_mode)
-        self.blocks = nn.ModuleList(FusionAttention(i, s, o, **options) if s else MAnetBlock(i, o, **options)
-                                    for i, s, o in zip(widths, [*skips, 0], widths[1:], strict=False))
+        self.blocks = nn.ModuleList()
+        for below, skip, out in zip(widths, [*skips, 0], widths[1:]):
+            if skip: self.blocks.append(FusionAttention(below, skip, out, **options))
+            else: self.blocks.append(MAnetBlock(below, out, **options))
         self.out_channels = widths[-1]
 
     def forward(self,
@@ -181,22 +190,23 @@ class MAnet(SegmentationModel):
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
 
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built
         encoder_depth: int = 5, # Encoder stages, 1 to 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
-        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
-        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16), # Channels of the blocks, deepest first
+        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict
+        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # As in `get_norm_layer`
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16), # Of the blocks, deepest first
         decoder_pab_channels: int = 64, # Channels of queries and keys of the position attention
         decoder_interpolation: str = "nearest", # Mode of `F.interpolate`
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
         activation: str | Callable | None = None, # Activation after the head; None returns logits
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
-        decoder_pab_form: Literal["joint", "rowwise"] = "joint", # SMP's position attention, or the paper's
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`, or None
+        decoder_pab_form: Literal["joint", "rowwise"] = "joint", # SMP's, or the paper's
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
-        decoder_use_norm = take_renamed("MAnet", kwargs, "decoder_use_batchnorm", "decoder_use_norm", decoder_use_norm)
+        decoder_use_norm = take_renamed("MAnet", kwargs, "decoder_use_batchnorm",
+                                        "decoder_use_norm", decoder_use_norm)
         check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
         check_choice("decoder_pab_form", decoder_pab_form, ["joint", "rowwise"])
         encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)

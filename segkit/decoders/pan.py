@@ -33,8 +33,11 @@ class ConvBNReLU(nn.Sequential):
         kernel_size: int, # Height and width of the kernel; odd
         relu: bool = True, # Whether a ReLU follows
     ):
-        parts = OrderedDict(conv=nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size//2), bn=BatchNorm2d(out_channels))
-        super().__init__(parts | {"relu": nn.ReLU(inplace=True)} if relu else parts)
+        parts = OrderedDict()
+        parts["conv"] = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size//2)
+        parts["bn"] = BatchNorm2d(out_channels)
+        if relu: parts["relu"] = nn.ReLU(inplace=True)
+        super().__init__(parts)
 
 # %% ../../nbs/decoders/08_pan.ipynb #enlarge
 def enlarge(
@@ -47,14 +50,15 @@ def enlarge(
 
 # %% ../../nbs/decoders/08_pan.ipynb #gau
 class GlobalAttentionUpsample(nn.Module):
-    "Enlarge the deep map, and add the finer one, channel by channel as the deep one allows [(Li et al., 2018)](https://arxiv.org/abs/1805.10180)"
+    "Add the finer map as the deep one allows [(Li et al., 2018)](https://arxiv.org/abs/1805.10180)"
     def __init__(self,
         in_channels: int, # Channels of the encoder's map
         out_channels: int, # Channels of the deep map, and of the result
         interpolation: str = "bilinear", # Mode of `F.interpolate`
     ):
         super().__init__()
-        self.conv1 = nn.Sequential(nn.AdaptiveAvgPool2d(1), ConvBNReLU(out_channels, out_channels, 1, relu=False), nn.Sigmoid())
+        squeeze = ConvBNReLU(out_channels, out_channels, 1, relu=False)
+        self.conv1 = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.Sigmoid())
         self.conv2 = ConvBNReLU(in_channels, out_channels, 3)
         self.interpolation = interpolation
 
@@ -74,13 +78,14 @@ class Halve(nn.Module):
 
 # %% ../../nbs/decoders/08_pan.ipynb #fpa
 class FeaturePyramidAttention(nn.Module):
-    "A gate from three pooled levels, and the mean of the map [(Li et al., 2018)](https://arxiv.org/abs/1805.10180)"
+    "A gate from pooled levels, and the mean [(Li et al., 2018)](https://arxiv.org/abs/1805.10180)"
     def __init__(self,
         in_channels: int, # Channels of the deepest map
         out_channels: int, # Channels of the result
     ):
         super().__init__()
-        self.branch1 = nn.Sequential(nn.AdaptiveAvgPool2d(1), ConvBNReLU(in_channels, out_channels, 1))
+        mean = nn.AdaptiveAvgPool2d(1)
+        self.branch1 = nn.Sequential(mean, ConvBNReLU(in_channels, out_channels, 1))
         self.mid = nn.Sequential(ConvBNReLU(in_channels, out_channels, 1))
         self.down1 = nn.Sequential(Halve(), ConvBNReLU(in_channels, 1, 7))
         self.down2 = nn.Sequential(Halve(), ConvBNReLU(1, 1, 5))
@@ -92,7 +97,8 @@ class FeaturePyramidAttention(nn.Module):
         x: Tensor, # Deepest map `(b, in_channels, h, w)`
     ) -> Tensor: # What each cell is multiplied by, 0 or more `(b, 1, h, w)`
         "Pool three times, then add the levels from the coarsest up"
-        if torch.compiler.is_exporting() and not self.training: return bordered_gate(self, x)  # in training, norms would count the border
+        # not in training, where norms would count the border
+        if torch.compiler.is_exporting() and not self.training: return bordered_gate(self, x)
         half = self.down1(x)
         quarter = self.down2(half)
         gate = self.conv2(quarter) + enlarge(self.down3(quarter), quarter)
@@ -117,11 +123,14 @@ def _halve_bordered(x: Tensor, size: Sequence[int], half: Sequence[int]) -> Tens
         x = torch.maximum(*(x.index_select(dim, (first + i).clamp(max=n - 1)) for i in (0, 1)))
     return x
 
-def _enlarge_bordered(x: Tensor, size: Sequence[int], target: Sequence[int], border: int = 1) -> Tensor:
+def _enlarge_bordered(
+    x: Tensor, size: Sequence[int], target: Sequence[int], border: int = 1,
+) -> Tensor:
     "The first `size` rows and columns enlarged to `target`, corners kept, and a border"
     count = lambda n: torch.arange(n, dtype=x.dtype, device=x.device)
     for n, m in ((size[1], target[1]), (size[0], target[0])):
-        at = count(m + border)*(n - 1)/torch.sym_max(m - 1, 1)  # where each new column stands among the old ones
+        # where each new column stands among the old ones
+        at = count(m + border)*(n - 1)/torch.sym_max(m - 1, 1)
         weights = (1 - (at[:, None] - count(x.shape[-1])).abs()).relu()
         x = F.linear(x, weights).transpose(-2, -1).contiguous()
     return x
@@ -147,7 +156,7 @@ def bordered_gate(
 
 # %% ../../nbs/decoders/08_pan.ipynb #decoder
 class PANDecoder(nn.Module):
-    "`FeaturePyramidAttention` on the deepest map, then one `GlobalAttentionUpsample` a level, to stride 4"
+    "`FeaturePyramidAttention`, then one `GlobalAttentionUpsample` a level, to stride 4"
     stride = 4
 
     def __init__(self,
@@ -157,41 +166,48 @@ class PANDecoder(nn.Module):
     ):
         super().__init__()
         depth = len(encoder_channels) - 1
-        if not 3 <= depth <= 5: raise ValueError(f"encoder_depth={depth}: a PAN goes from the deepest map to stride 4; use 3, 4 or 5")
+        if not 3 <= depth <= 5:
+            raise ValueError(f"encoder_depth={depth}: a PAN goes from the deepest map to stride 4; "
+                             "use 3, 4 or 5")
         self.fpa = FeaturePyramidAttention(encoder_channels[-1], decoder_channels)
         for level in range(depth - 2, 0, -1):
-            self.add_module(f"gau{level}", GlobalAttentionUpsample(encoder_channels[level + 1], decoder_channels, interpolation))
+            channels = encoder_channels[level + 1]
+            gau = GlobalAttentionUpsample(channels, decoder_channels, interpolation)
+            self.add_module(f"gau{level}", gau)
+        self.levels = range(depth - 2, 0, -1)
         self.out_channels = decoder_channels
 
     def forward(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels, h/4, w/4)`
         x = self.fpa(features[-1])
-        for level in range(len(features) - 3, 0, -1): x = getattr(self, f"gau{level}")(features[level + 1], x)
+        for level in self.levels:
+            x = getattr(self, f"gau{level}")(features[level + 1], x)
         return x
 
 # %% ../../nbs/decoders/08_pan.ipynb #model
 @architectures.register("pan")
 class PAN(SegmentationModel):
-    "[Pyramid Attention Network](https://arxiv.org/abs/1805.10180) (Li et al., 2018) with any encoder that can be dilated, or at stride 32 with any"
+    "[Pyramid Attention Network](https://arxiv.org/abs/1805.10180) (Li et al., 2018)"
     renamed_arguments = {"upscale_mode": "decoder_interpolation"}
 
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built
         encoder_depth: int = 5, # Encoder stages, 3 to 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict
         encoder_output_stride: Literal[16, 32] = 16, # Stride of the deepest map
         decoder_channels: int = 32, # Channels of every map of the decoder
         decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` between levels
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
         activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map, 4
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        upsampling: int | None = None, # Enlargement after the head; None for the map's stride, 4
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`, or None
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
-        decoder_interpolation = take_renamed("PAN", kwargs, "upscale_mode", "decoder_interpolation", decoder_interpolation)
+        decoder_interpolation = take_renamed("PAN", kwargs, "upscale_mode",
+                                             "decoder_interpolation", decoder_interpolation)
         check_choice("encoder_output_stride", encoder_output_stride, [16, 32])
         check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
         encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights,

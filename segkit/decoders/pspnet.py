@@ -46,23 +46,26 @@ class GridMean(nn.Module):
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Means `(b, c, n, n)`
         if not torch.compiler.is_exporting(): return F.adaptive_avg_pool2d(x, self.n)
-        if self.n == 1: return x.mean((2, 3), keepdim=True)  # as a product with one row, the program would hold for one size
-        rows, columns = (grid_means(size, self.n, x) for size in x.shape[-2:])  # ONNX knows no adaptive pooling of maps of any size
+        # as a product with one row, the program would hold for one size
+        if self.n == 1: return x.mean((2, 3), keepdim=True)
+        # ONNX knows no adaptive pooling of maps of any size
+        rows, columns = (grid_means(size, self.n, x) for size in x.shape[-2:])
         return rows @ x @ columns.T
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #block
 class PSPBlock(nn.Module):
-    "Average over a grid of regions, mix channels, enlarge again [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
+    "Average over a grid, mix, enlarge [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
     def __init__(self,
         in_channels: int, # Channels of the map
         out_channels: int, # Channels of the result
         pool_size: int, # Rows and columns of the grid
-        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`; a grid of one has none
-        interpolation: str = "bilinear", # Mode of `F.interpolate`; in bilinear mode corner samples coincide
+        use_norm: bool | str | Mapping[str, Any] = "batchnorm", # A grid of one has none
+        interpolation: str = "bilinear", # Mode of `F.interpolate`, corners kept
     ):
         super().__init__()
         self.interpolation, self.out_channels = interpolation, out_channels
-        conv = Conv2dReLU(in_channels, out_channels, 1, use_norm=use_norm if pool_size > 1 else "identity")
+        if pool_size == 1: use_norm = "identity"
+        conv = Conv2dReLU(in_channels, out_channels, 1, use_norm=use_norm)
         self.pool = nn.Sequential(GridMean(pool_size), conv)
 
     def forward(self,
@@ -75,11 +78,12 @@ class PSPBlock(nn.Module):
         size: tuple[int, int], # Height and width of the map
     ) -> Tensor: # Map `(b, c, h, w)`
         "From the grid back to the map"
-        return resize(x, size, self.interpolation, align_corners=True if self.interpolation == "bilinear" else None)
+        corners = True if self.interpolation == "bilinear" else None
+        return resize(x, size, self.interpolation, align_corners=corners)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #module
 class PSPModule(nn.Module):
-    "Context at several scales beside the map itself [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
+    "Context beside the map itself [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
     def __init__(self,
         in_channels: int, # Channels of the map
         sizes: Sequence[int] = (1, 2, 3, 6), # Rows and columns of each grid
@@ -88,7 +92,8 @@ class PSPModule(nn.Module):
     ):
         super().__init__()
         width = max(1, in_channels//max(1, len(sizes)))
-        self.blocks = nn.ModuleList(PSPBlock(in_channels, width, size, use_norm, interpolation) for size in sizes)
+        self.blocks = nn.ModuleList(PSPBlock(in_channels, width, size, use_norm, interpolation)
+                                    for size in sizes)
         self.out_channels = in_channels + width*len(sizes)
 
     def forward(self,
@@ -98,9 +103,9 @@ class PSPModule(nn.Module):
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #decoder
 class PSPDecoder(nn.Module):
-    "Pyramid pooling on the deepest map, one convolution, dropout [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
+    "Pyramid pooling, convolution, dropout [(Zhao et al., 2017)](https://arxiv.org/abs/1612.01105)"
     def __init__(self,
-        encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; only the last is read
+        encoder_channels: Sequence[int], # Channels of the encoder's maps; only the last is read
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
         out_channels: int = 512, # Channels of the result
         dropout: float = 0.2, # Probability of dropping a channel of the result
@@ -109,8 +114,9 @@ class PSPDecoder(nn.Module):
         super().__init__()
         *finer, deepest = encoder_channels
         if not deepest:
-            raise ValueError(f"encoder_depth={len(finer)}: this encoder has no map at stride {2**len(finer)}, which is the only one that "
-                             f"a PSPNet reads; use a depth from {len(finer) + 1} to 5")
+            raise ValueError(f"encoder_depth={len(finer)}: this encoder has no map at stride "
+                             f"{2**len(finer)}, which is the only one that a PSPNet reads; "
+                             f"use a depth from {len(finer) + 1} to 5")
         self.psp = PSPModule(deepest, use_norm=use_norm, interpolation=interpolation)
         self.conv = Conv2dReLU(self.psp.out_channels, out_channels, 1, use_norm=use_norm)
         self.dropout = nn.Dropout2d(dropout)
@@ -128,26 +134,27 @@ class PSPDecoder(nn.Module):
 # %% ../../nbs/decoders/05_pspnet.ipynb #model
 @architectures.register("pspnet")
 class PSPNet(SegmentationModel):
-    "[PSPNet](https://arxiv.org/abs/1612.01105) (Zhao et al., 2017) on the first stages of any encoder"
+    "[PSPNet](https://arxiv.org/abs/1612.01105) (Zhao et al., 2017) with any encoder"
     renamed_arguments = {"psp_use_batchnorm": "decoder_use_norm"}
 
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built
+        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict
         encoder_depth: int = 3, # Encoder stages, 1 to 5; deeper ones are not built
         psp_out_channels: int = 512, # Channels of the decoder's map
-        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
+        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # As in `get_norm_layer`
         psp_dropout: float = 0.2, # Probability of dropping a channel of the decoder's map
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
         activation: str | Callable | None = None, # Activation after the head; None returns logits
-        upsampling: int | None = None, # Enlargement after the head; None for the stride of the decoder's map
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
-        decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` from each grid back to the map
+        upsampling: int | None = None, # Enlargement after the head; None for the map's stride
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`, or None
+        decoder_interpolation: str = "bilinear", # Mode of `F.interpolate` from each grid back
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
-        decoder_use_norm = take_renamed("PSPNet", kwargs, "psp_use_batchnorm", "decoder_use_norm", decoder_use_norm)
+        decoder_use_norm = take_renamed("PSPNet", kwargs, "psp_use_batchnorm",
+                                        "decoder_use_norm", decoder_use_norm)
         check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
         encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
         decoder = PSPDecoder(encoder.out_channels, decoder_use_norm, psp_out_channels, psp_dropout,
@@ -155,7 +162,8 @@ class PSPNet(SegmentationModel):
         factor = encoder.output_stride if upsampling is None else upsampling
         head = SegmentationHead(psp_out_channels, classes, 3, activation, factor)
         # here an empty dict asks for no second head, as in SMP
-        self.assemble("psp", encoder, decoder, head, aux_params or None, enlarge_mask=upsampling is None)
+        aux_params = aux_params or None
+        self.assemble("psp", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #fast
 class PSPInference(nn.Module):

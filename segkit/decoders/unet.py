@@ -23,10 +23,10 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/00_unet.ipynb #block
 class UnetDecoderBlock(nn.Module):
-    "Enlarge, concatenate with the skip, convolve twice [(Ronneberger et al., 2015)](https://arxiv.org/abs/1505.04597)"
+    "Enlarge, concatenate, convolve twice [(Ronneberger, 2015)](https://arxiv.org/abs/1505.04597)"
     def __init__(self,
         in_channels: int, # Channels of the map from below
-        skip_channels: int | None, # Channels of the encoder's map, 0 for a level that it does not have; None for a block without skip
+        skip_channels: int | None, # Channels of the encoder's map, 0 for none; None at full size
         out_channels: int, # Channels of the result
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
         attention_type: str | None = None, # None or "scse"
@@ -35,7 +35,8 @@ class UnetDecoderBlock(nn.Module):
         super().__init__()
         channels = in_channels + (skip_channels or 0)
         self.conv1 = Conv2dReLU(channels, out_channels, 3, padding=1, use_norm=use_norm)
-        self.attention1 = Attention(None if skip_channels is None else attention_type, in_channels=channels)
+        before = None if skip_channels is None else attention_type
+        self.attention1 = Attention(before, in_channels=channels)
         self.conv2 = Conv2dReLU(out_channels, out_channels, 3, padding=1, use_norm=use_norm)
         self.attention2 = Attention(attention_type, in_channels=out_channels)
         self.interpolation_mode = interpolation_mode
@@ -52,7 +53,7 @@ class UnetDecoderBlock(nn.Module):
 
 # %% ../../nbs/decoders/00_unet.ipynb #decoder
 class UnetDecoder(nn.Module):
-    "Blocks from the deepest map to full size [(Ronneberger et al., 2015)](https://arxiv.org/abs/1505.04597)"
+    "Blocks from the deepest map up [(Ronneberger, 2015)](https://arxiv.org/abs/1505.04597)"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         decoder_channels: Sequence[int], # Channels of each block's result, deepest first
@@ -97,12 +98,13 @@ def check_widths(
         raise TypeError(f"{argument}={widths!r}: expected {expected} positive whole numbers, "
                         "one for each encoder stage, deepest first")
     if len(widths) != expected:
-        raise ValueError(f"{argument} has {len(widths)} numbers, {tuple(widths)}, but the encoder has "
-                         f"{expected} stages (encoder_depth={expected}): give {expected}")
+        raise ValueError(f"{argument} has {len(widths)} numbers, {tuple(widths)}, but the encoder "
+                         f"has {expected} stages (encoder_depth={expected}): give {expected}")
 
 def _center(channels, use_norm):
     "Two convolutions on the deepest map, for an encoder whose last stage only pools (VGG)"
-    return nn.Sequential(*(Conv2dReLU(channels, channels, 3, padding=1, use_norm=use_norm) for _ in range(2)))
+    convs = (Conv2dReLU(channels, channels, 3, padding=1, use_norm=use_norm) for _ in range(2))
+    return nn.Sequential(*convs)
 
 # %% ../../nbs/decoders/00_unet.ipynb #model
 @architectures.register("unet")
@@ -110,24 +112,26 @@ class Unet(SegmentationModel):
     "[U-Net](https://arxiv.org/abs/1505.04597) (Ronneberger et al., 2015) with any encoder"
     requires_divisible_input_shape = False
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
-    unused_tensors = ("decoder.blocks.*.attention1.*",)  # SMP stores these for blocks without a skip, too
+    # SMP stores these for blocks without a skip, too
+    unused_tensors = ("decoder.blocks.*.attention1.*",)
 
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built
         encoder_depth: int = 5, # Encoder stages, 1 to 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
-        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
-        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16), # Channels of the blocks, deepest first
+        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict
+        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # As in `get_norm_layer`
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16), # Of the blocks, deepest first
         decoder_attention_type: Literal["scse"] | None = None, # Attention in each block
         decoder_interpolation: str = "nearest", # Mode of `F.interpolate`
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
         activation: str | Callable | None = None, # Activation after the head; None returns logits
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`, or None
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
-        decoder_use_norm = take_renamed("Unet", kwargs, "decoder_use_batchnorm", "decoder_use_norm", decoder_use_norm)
+        decoder_use_norm = take_renamed("Unet", kwargs, "decoder_use_batchnorm",
+                                        "decoder_use_norm", decoder_use_norm)
         check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
         encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
         decoder = UnetDecoder(encoder.out_channels, decoder_channels, decoder_use_norm,

@@ -7,6 +7,7 @@ __all__ = ['Grid', 'UnetPlusPlusDecoder', 'UnetPlusPlus', 'UnetPlusPlusInference
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #imports
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,13 +15,13 @@ import torch
 from torch import nn, Tensor
 
 from ..core.init import initialize_head
-from ..core.geometry import cut_back, pad_to_multiple
+from ..core.geometry import INTERPOLATIONS, cut_back, pad_to_multiple
+from ..model.config import take_renamed
 from ..model.model import SegmentationModel, check_images
 from ..core.layers import SCSEModule
 from ..core.registry import architectures, check_choice
 from .unet import check_widths, JoinedBlock, UnetDecoderBlock
 from ..encoders.build import get_encoder
-from ..heads.classification import ClassificationHead
 from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #grid
@@ -28,16 +29,17 @@ class Grid:
     "Which nodes a U-Net++ has, how wide they are, and which of them carry a mask"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
-        decoder_channels: Sequence[int], # Channels of the outermost nodes, deepest first; one for each encoder stage
+        decoder_channels: Sequence[int], # Channels of the outermost nodes, deepest first
     ):
         self.depth = len(encoder_channels) - 1
         self.deep_first, self.outer = list(encoder_channels[::-1]), list(decoder_channels)
         rows = [l for l in range(1, self.depth - 1) if self.width(1, l)]
-        self.row = max(rows, default=0)  # finest row with inner nodes: their masks are the shallower levels
+        # finest row with inner nodes: their masks are the shallower levels
+        self.row = max(rows, default=0)
         self.levels = self.row + 1
 
     def width(self, d: int, l: int) -> int:
-        "Channels of node `x_{d}_{l}`: free in the outermost path, elsewhere the encoder's at that size"
+        "Channels of node `x_{d}_{l}`: free in the outermost path, elsewhere the encoder's"
         return self.outer[l] if d == 0 else self.deep_first[l + 1]
 
     def inputs(self, d: int, l: int) -> tuple[int, int | None]:
@@ -48,7 +50,9 @@ class Grid:
     def nodes(self, level: int) -> list[tuple[int, int]]:
         "Nodes that the mask of `level` depends on"
         if level == self.levels:
-            return [(d, l) for l in range(self.depth - 1) for d in range(l + 1) if self.width(d, l)] + [(0, self.depth - 1)]
+            rows = range(self.depth - 1)
+            inner = [(d, l) for l in rows for d in range(l + 1) if self.width(d, l)]
+            return [*inner, (0, self.depth - 1)]
         first = self.levels - level
         return [(d, l) for l in range(first, self.row + 1) for d in range(first, l + 1)]
 
@@ -58,14 +62,16 @@ class Grid:
 
     def ends(self, level: int) -> list[tuple[int, int]]:
         "Nodes that carry the masks of `level` and all below, deepest sub-network first"
-        return [(0, self.depth - 1) if i == self.levels else (self.levels - i, self.row) for i in range(level, 0, -1)]
+        deepest = [(0, self.depth - 1)] if level == self.levels else []
+        shallower = range(min(level, self.levels - 1), 0, -1)
+        return deepest + [(self.levels - i, self.row) for i in shallower]
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #decoder
 class UnetPlusPlusDecoder(nn.Module):
-    "Nodes between encoder and outermost path, each fed by all nodes to its left [(Zhou et al., 2018)](https://arxiv.org/abs/1807.10165)"
+    "Nodes fed by all nodes to their left [(Zhou et al., 2018)](https://arxiv.org/abs/1807.10165)"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
-        decoder_channels: Sequence[int], # Channels of the outermost nodes, deepest first; one for each encoder stage
+        decoder_channels: Sequence[int], # Channels of the outermost nodes, deepest first
         use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
         attention_type: str | None = None, # None or "scse"
         interpolation_mode: str = "nearest", # Mode of `F.interpolate`
@@ -74,22 +80,25 @@ class UnetPlusPlusDecoder(nn.Module):
         super().__init__()
         check_widths("decoder_channels", decoder_channels, len(encoder_channels) - 1)
         self.grid = Grid(encoder_channels, decoder_channels)
-        grid, self.level = self.grid, self.grid.levels if level is None else check_choice("level", level, range(1, self.grid.levels + 1))
-        self.ends = grid.ends(self.level)  # the nodes that carry masks
+        grid = self.grid
+        if level is None: level = grid.levels
+        self.level = check_choice("level", level, range(1, grid.levels + 1))
+        self.ends = grid.ends(level)  # the nodes that carry masks
         self.encoder_depth = grid.depth - self.ends[0][0]
+        options = use_norm, attention_type, interpolation_mode
         self.blocks = nn.ModuleDict({
-            f"x_{d}_{l}": UnetDecoderBlock(*grid.inputs(d, l), grid.width(d, l), use_norm, attention_type, interpolation_mode)
-            for d, l in grid.nodes(self.level)})
-        self.out_channels, self.stride = self.sizes()[0]
+            f"x_{d}_{l}": UnetDecoderBlock(*grid.inputs(d, l), grid.width(d, l), *options)
+            for d, l in grid.nodes(level)})
+        self.out_channels, _ = self.sizes()[0]
 
     def sizes(self) -> list[tuple[int, int]]:
         "Channels and stride of the map of each level, the deepest sub-network first"
         return [(self.grid.width(d, l), 2**(self.grid.depth - 1 - l)) for d, l in self.ends]
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first; a sub-network leaves the deepest unread
+        features: Sequence[Tensor], # Encoder's maps, finest first; sub-networks read fewer
         all_levels: bool = False, # Whether to return the map of each level
-    ) -> Tensor | list[Tensor]: # Map `(b, out_channels, h/stride, w/stride)`, or such a map for each level, the deepest sub-network first
+    ) -> Tensor | list[Tensor]: # Map `(b, out_channels, h/s, w/s)`, or one a level
         depth, made = self.grid.depth, {}
         for d, l in self.grid.order(self.level):
             stage = depth - 1 - l
@@ -101,76 +110,123 @@ class UnetPlusPlusDecoder(nn.Module):
 
     def inference_form(self) -> nn.Module: # Equal decoder for evaluation
         "The decoder without enlarged and joined maps; nodes with attention need those"
-        plain = any(isinstance(block.attention1.attention, SCSEModule) for block in self.blocks.values())
-        return self if plain else UnetPlusPlusInference(self)
+        attentions = [block.attention1.attention for block in self.blocks.values()]
+        if any(isinstance(attention, SCSEModule) for attention in attentions): return self
+        return UnetPlusPlusInference(self)
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #model
 @architectures.register("unetplusplus")
 class UnetPlusPlus(SegmentationModel):
     "[U-Net++](https://arxiv.org/abs/1912.05074) (Zhou et al., 2019) with any encoder"
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
-    unused_tensors = ("decoder.blocks.*.attention1.*", "decoder.center.*")  # SMP stores these for the last node, and for VGG, and uses neither
+    # SMP stores these for the last node, and for VGG, and uses neither
+    unused_tensors = ("decoder.blocks.*.attention1.*", "decoder.center.*")
 
     def __init__(self,
-        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built already
+        encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built
         encoder_depth: int = 5, # Encoder stages, 1 to 5
-        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict; a function
-        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # Norm, as in `get_norm_layer`
-        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16), # Channels of the outermost nodes, deepest first
+        encoder_weights: Any = "imagenet", # None or False; True or a tag; a file; a state dict
+        decoder_use_norm: bool | str | Mapping[str, Any] = "batchnorm", # As in `get_norm_layer`
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16), # Outermost nodes, deepest first
         decoder_attention_type: Literal["scse"] | None = None, # Attention in each node
         decoder_interpolation: str = "nearest", # Mode of `F.interpolate`
         in_channels: int = 3, # Channels of the image
         classes: int = 1, # Channels of the mask
         activation: str | Callable | None = None, # Activation after the head; None returns logits
-        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`; None for no second head
+        aux_params: Mapping[str, Any] | None = None, # Arguments of a `ClassificationHead`, or None
         deep_supervision: bool = False, # In training, return a mask for each level
-        level: int | None = None, # Build only the sub-network of this level, 1 the shallowest; None for the whole
+        level: int | None = None, # Build only this sub-network, 1 the shallowest; None for all
         **kwargs, # Arguments of the encoder
     ):
         super().__init__()
-        check_choice("decoder_interpolation", decoder_interpolation, ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
-        build = lambda depth, weights: get_encoder(encoder_name, in_channels, depth, weights, **kwargs)
-        small = level is not None and aux_params is None
-        self.encoder = build(encoder_depth, None if small else encoder_weights)
-        channels = self.encoder.out_channels
-        if not channels[-1]: raise ValueError(f"encoder_depth={encoder_depth}: {encoder_name!r} has no map there; use a depth of at least 2")
-        self.decoder = UnetPlusPlusDecoder(channels, decoder_channels, decoder_use_norm, decoder_attention_type, decoder_interpolation, level=level)
-        if small: self.encoder = build(self.decoder.encoder_depth, encoder_weights)  # a label needs the deepest map, a shallow mask does not
-        head = lambda width, stride: SegmentationHead(width, classes, activation=activation, upsampling=stride)
-        self.segmentation_head, *others = [head(*size) for size in self.decoder.sizes()]
+        decoder_use_norm = take_renamed("UnetPlusPlus", kwargs, "decoder_use_batchnorm",
+                                        "decoder_use_norm", decoder_use_norm)
+        check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
+
+        def encoder_of(depth, weights):
+            return get_encoder(encoder_name, in_channels, depth, weights, **kwargs)
+        # a label needs the deepest map, a shallow mask does not
+        shallow = level is not None and aux_params is None
+        encoder = encoder_of(encoder_depth, None if shallow else encoder_weights)
+        _check_deepest(encoder)
+        self.frame_stride = 2**encoder.depth  # also of a sub-network: its numbers are the whole's
+        decoder = UnetPlusPlusDecoder(encoder.out_channels, decoder_channels, decoder_use_norm,
+                                      decoder_attention_type, decoder_interpolation, level)
+        if shallow: encoder = encoder_of(decoder.encoder_depth, encoder_weights)
+        head, *others = [SegmentationHead(width, classes, activation=activation, upsampling=stride)
+                         for width, stride in decoder.sizes()]
         if deep_supervision and not others:
-            raise ValueError(f"deep_supervision=True, but with encoder_depth={encoder_depth} and level={level} there is one mask only; use a greater depth")
-        self.classification_head = ClassificationHead.from_params(channels[-1], aux_params)
+            raise ValueError(f"deep_supervision=True, but with encoder_depth={encoder_depth} and "
+                             f"level={level} there is one mask only; use a greater depth")
+        self.assemble("unetplusplus", encoder, decoder, head, aux_params)
         self.deep_heads = nn.ModuleList(others if deep_supervision else [])
-        self.name = f"unetplusplus-{encoder_name if isinstance(encoder_name, str) else type(encoder_name).__name__}"
-        self.initialize()
         initialize_head(self.deep_heads)
+
+    def frame(self,
+        x: Tensor, # Images `(b, in_channels, h, w)`
+    ) -> Tensor: # Images `(b, in_channels, H, W)`
+        "Pad to a multiple of the whole network's stride"
+        check_images(x, self.encoder.in_channels)
+        return pad_to_multiple(x, self.frame_stride)
 
     def forward(self,
         x: Tensor, # Images `(b, in_channels, h, w)`
-    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor]: # Mask `(b, classes, h, w)`, or with deep supervision a list of them; and a label
-        check_images(x, self.encoder.in_channels)
-        frame = pad_to_multiple(x, 2**self.decoder.grid.depth)
-        features = self.encoder(frame)  # also in a sub-network: its numbers are those of the whole
-        deep, deepest = self.training and len(self.deep_heads) > 0, features[-1]
-        decoded = self.decoder(features, all_levels=True) if deep else self.decoder(features)
-        del features  # the finer maps need not outlive the decoder
-        if deep: mask = [cut_back(head(m), x, frame) for head, m in zip([self.segmentation_head, *self.deep_heads], decoded, strict=True)]
-        else: mask = cut_back(self.segmentation_head(decoded), x, frame)
-        return mask if self.classification_head is None else (mask, self.classification_head(deepest))
+    ) -> Tensor | list[Tensor] | tuple: # Mask `(b, classes, h, w)`, or one a level; and a label
+        "A mask; in training with deep supervision a list of masks, the deepest level first"
+        if not (self.training and len(self.deep_heads)): return super().forward(x)
+        frame = self.frame(x)
+        features = self.encoder(frame)
+        heads = [self.segmentation_head, *self.deep_heads]
+        maps = self.decoder(features, all_levels=True)
+        masks = [cut_back(head(m), x, frame) for head, m in zip(heads, maps, strict=True)]
+        if self.classification_head is None: return masks
+        return masks, self.classification_head(features[-1])
 
     def prune(self,
         level: int, # Level to keep, 1 the shallowest
     ) -> "UnetPlusPlus": # A new model, with copies of these weights
-        "The sub-network of one level by itself; it needs a model that was built with `deep_supervision=True`"
-        if not self.deep_heads: raise ValueError("only a model with deep_supervision=True has a mask for each level that could be kept")
-        heads = dict(zip(range(self.decoder.level, 0, -1), [self.segmentation_head, *self.deep_heads], strict=True))
-        config = copy.deepcopy(self.config) | dict(encoder_weights=None, deep_supervision=False, level=check_choice("level", level, sorted(heads)))
-        small = type(self)(**config)
-        state = {k: t for k, t in self.state_dict().items() if k.startswith(("encoder.", "decoder.", "classification_head."))}
-        state |= {f"segmentation_head.{k}": t for k, t in heads[level].state_dict().items()}
-        small.load_state_dict({k: state[k] for k in small.state_dict()})
-        return small.to(next(self.parameters()).device).train(self.training)
+        "The sub-network of one level by itself; only for models with `deep_supervision=True`"
+        return _pruned(self, level)
+
+def _check_deepest(encoder):
+    "Raise unless the encoder has a map at its last level"
+    if encoder.out_channels[-1]: return
+    raise ValueError(f"encoder_depth={encoder.depth}: the encoder has no map there; "
+                     "use a depth of at least 2")
+
+# %% ../../nbs/decoders/01_unetplusplus.ipynb #prune-steps
+def _pruned(model, level):
+    "A model of one level, with copies of the parts of `model`"
+    if not len(model.deep_heads):
+        raise ValueError("only a model with deep_supervision=True has a mask for each level "
+                         "that could be kept")
+    levels = range(model.decoder.level, 0, -1)
+    heads = dict(zip(levels, [model.segmentation_head, *model.deep_heads], strict=True))
+    check_choice("level", level, sorted(heads))
+    config = copy.deepcopy(model.config)
+    config |= {"encoder_weights": None, "deep_supervision": False, "level": level}
+    small = type(model)(**_arguments(model, config))
+    small.config, small.name = config, model.name
+    small.segmentation_head = copy.deepcopy(heads[level])
+    small.classification_head = copy.deepcopy(model.classification_head)
+    _copy_weights(model.encoder, small.encoder)
+    _copy_weights(model.decoder, small.decoder)
+    return small.to(next(model.parameters())).train(model.training)
+
+def _arguments(model, config):
+    "The configuration with objects for what plain data cannot say; heads are copied anyway"
+    has_label = model.classification_head is not None
+    arguments = config | {"activation": None, "aux_params": {"classes": 1} if has_label else None}
+    if isinstance(config["encoder_name"], str): return arguments
+    # an encoder that is built already takes no arguments of its own
+    own = inspect.signature(type(model)).parameters
+    arguments = {name: value for name, value in arguments.items() if name in own}
+    return arguments | {"encoder_name": copy.deepcopy(model.encoder)}
+
+def _copy_weights(whole, part):
+    "Load the tensors that `part` has from `whole`"
+    state = whole.state_dict()
+    part.load_state_dict({name: state[name] for name in part.state_dict()})
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #fast
 class UnetPlusPlusInference(nn.Module):
@@ -196,5 +252,6 @@ class UnetPlusPlusInference(nn.Module):
             below = made[d, l - 1] if l > d else features[depth - d]
             _, joined = self.grid.inputs(d, l)
             beside = [made[i, l] for i in range(d + 1, l + 1) if (i, l) in made] + [finer]
-            made[d, l] = self.blocks[f"x_{d}_{l}"](below, finer.shape[-2:], beside if joined else [])
+            if not joined: beside = []
+            made[d, l] = self.blocks[f"x_{d}_{l}"](below, finer.shape[-2:], beside)
         return made[self.end]
