@@ -65,4 +65,4 @@ def test_refused(options, error):
 def test_any_number_of_rates(rates):
     model = build(decoder_atrous_rates=rates, decoder_channels=16).eval()
     assert len(model.decoder.aspp[0].convs) == len(rates) + 2
-    assert model(torch.randn(1, 3, 65, 71)).shape == (1, 1, 65, 71)
+    assert model(torch.randn(1, 3, 65, 71)).shape[-2:] == (65, 71)

@@ -46,7 +46,6 @@ class ReadoutConcatBlock(nn.Module):
         has_prefix_tokens: bool = True, # Whether there is such a token
     ):
         super().__init__()
-        self.channels = channels
         width = (1 + has_prefix_tokens)*channels
         self.project = nn.Sequential(nn.Linear(width, channels), nn.GELU())
 
@@ -54,12 +53,10 @@ class ReadoutConcatBlock(nn.Module):
         x: Tensor, # Map `(b, c, h, w)`
         prefix: Tensor | None = None, # Tokens without a place `(b, p, c)`
     ) -> Tensor: # Map `(b, c, h, w)`
-        linear, gelu = self.project
-        of_map, of_prefix = linear.weight[:, :self.channels], linear.weight[:, self.channels:]
-        y = F.conv2d(x, of_map[:, :, None, None], linear.bias)
-        # the same at all positions: computed once
-        if prefix is not None: y = y + F.linear(prefix[:, 0], of_prefix)[:, :, None, None]
-        return gelu(y)
+        height, width = x.shape[-2:]
+        both = [x.permute(0, 2, 3, 1)]
+        if prefix is not None: both.append(prefix[:, :1, None].expand(-1, height, width, -1))
+        return self.project(torch.cat(both, dim=-1)).permute(0, 3, 1, 2)
 
 # %% ../../nbs/decoders/11_dpt.ipynb #reassemble
 class ReassembleBlock(nn.Module):

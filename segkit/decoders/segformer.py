@@ -34,7 +34,7 @@ class MLP(nn.Module):
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        return F.conv2d(x, self.linear.weight[:, :, None, None], self.linear.bias)
+        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 # %% ../../nbs/decoders/10_segformer.ipynb #decoder
 class SegformerDecoder(nn.Module):
