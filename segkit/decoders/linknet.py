@@ -131,5 +131,5 @@ class LinknetInference(nn.Module):
         x = features[-1]
         for block, level in zip(self.blocks, self.skip_levels):
             x = block(x)
-            if level is not None: x.add_(features[level])
+            if level is not None: x = x.add_(features[level])
         return x
