@@ -107,3 +107,6 @@ def _fetched(archive, folder):
     except ValueError:
         if urlparse(archive.url).scheme != "file": os.remove(file)
         raise
+
+# %% ../../nbs/core/08_archive.ipynb #module-dir
+def __dir__(): return __all__

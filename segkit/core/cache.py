@@ -55,3 +55,6 @@ def _remove_unfinished(target):
         with suppress(FileNotFoundError):
             old = time.time() - part.stat().st_mtime > _ONE_DAY
             if old: shutil.rmtree(part, ignore_errors=True)
+
+# %% ../../nbs/core/06_cache.ipynb #module-dir
+def __dir__(): return __all__

@@ -82,3 +82,6 @@ def conv_of(
     conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None: conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return conv
+
+# %% ../../nbs/core/03a_enlarged.ipynb #module-dir
+def __dir__(): return __all__

@@ -160,3 +160,6 @@ def _receive(answer, part, have, total):
     bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.stem)
     with open(part, "ab" if have else "wb") as file, bar:
         while block := answer.read(1 << 20): bar.update(file.write(block))
+
+# %% ../../nbs/core/06a_files.ipynb #module-dir
+def __dir__(): return __all__

@@ -111,3 +111,6 @@ def cut_back(
         for size, framed, scaled in zip(image.shape[-2:], frame.shape[-2:], mask.shape[-2:])
     )
     return crop(mask, rows, columns)
+
+# %% ../../nbs/core/01a_geometry.ipynb #module-dir
+def __dir__(): return __all__

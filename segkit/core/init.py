@@ -48,3 +48,6 @@ class skip_init(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _RANDOM: return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
+
+# %% ../../nbs/core/05_init.ipynb #module-dir
+def __dir__(): return __all__

@@ -67,3 +67,6 @@ class JoinedConv(nn.Module):
         y = convolve_doubled(x, size, self.weight, self.kernel, self.bias, self.mode)
         for i, m in enumerate(beside): y = y + F.conv2d(m, getattr(self, f"beside{i}"), padding=1)
         return y
+
+# %% ../../nbs/core/03b_joined.ipynb #module-dir
+def __dir__(): return __all__

@@ -214,3 +214,6 @@ class Attention(nn.Module):
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Map `(b, c, h, w)`
         return self.attention(x)
+
+# %% ../../nbs/core/01_layers.ipynb #module-dir
+def __dir__(): return __all__

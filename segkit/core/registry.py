@@ -141,3 +141,6 @@ class Registry(LazyTable):
 # %% ../../nbs/core/00_registry.ipynb #tables
 encoders = Registry("encoder", package="segkit.encoders")
 architectures = Registry("architecture", package="segkit.decoders")
+
+# %% ../../nbs/core/00_registry.ipynb #module-dir
+def __dir__(): return __all__

@@ -104,3 +104,6 @@ class Task:
         "Labels of what the model gives `(b, c, ...)`, integers in the form of the target"
         if self.mode != MULTICLASS_MODE: pred = self.activation(pred)
         return self.decodes(pred)  # a softmax does not change which is the largest
+
+# %% ../../nbs/core/07_task.ipynb #module-dir
+def __dir__(): return __all__

@@ -335,3 +335,6 @@ def _check_names(what, names):
     if isinstance(names, str): raise TypeError(f"{what}={names!r}: expected a list of names")
     if len(names) == 0: raise ValueError(f"{what}=[]: expected the names of the {what}")
     if len(set(names)) < len(names): raise ValueError(f"{what}={list(names)}: names must differ")
+
+# %% ../../nbs/data/01_blocks.ipynb #module-dir
+def __dir__(): return __all__

@@ -260,3 +260,6 @@ Cannot    Other people, other scanners, disease, or accuracy of any clinical mea
 Licence   nilearn states none for the template; this notice circulates with it:
 
 {NOTICE}"""
+
+# %% ../../nbs/data/03_brain.ipynb #module-dir
+def __dir__(): return __all__

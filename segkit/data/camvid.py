@@ -125,3 +125,6 @@ def camvid_dataloaders(
         camvid_table(folder), folder, "image", "mask", list(CLASSES), labels=labels,
         min_share=min_share, splitter=by_split, item_tfms=item_tfms, batch_tfms=batch_tfms,
         bs=bs, **reading, **kwargs)
+
+# %% ../../nbs/data/10_camvid.ipynb #module-dir
+def __dir__(): return __all__

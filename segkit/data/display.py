@@ -252,3 +252,6 @@ def plot_top_losses(x: TensorImage, y: tuple[TensorMask, TensorCategory],
 def plot_top_losses(x: TensorImage, y: tuple[TensorMask, TensorMultiCategory],
                     samples, outs, raws, losses, **kwargs):
     return _plot_top_losses(samples, outs, raws, losses, **kwargs)
+
+# %% ../../nbs/data/00b_display.ipynb #module-dir
+def __dir__(): return __all__

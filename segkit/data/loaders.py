@@ -350,3 +350,6 @@ class MaskDataLoaders(DataLoaders):
         "Loaders from a CSV file of files and labels"
         table = pd.read_csv(Path(path)/csv_fname, header=header, delimiter=delimiter)
         return cls.from_df(table, path=path, **kwargs)
+
+# %% ../../nbs/data/05_loaders.ipynb #module-dir
+def __dir__(): return __all__

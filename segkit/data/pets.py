@@ -75,3 +75,6 @@ def pets_dataloaders(
     return MaskDataLoaders.from_df(
         pets_table(folder), folder, "image", "mask", label_col=labels, splitter=by_split,
         item_tfms=item_tfms, batch_tfms=batch_tfms, bs=bs, **BORDERS[border], **kwargs)
+
+# %% ../../nbs/data/09_pets.ipynb #module-dir
+def __dir__(): return __all__

@@ -94,3 +94,6 @@ def presence_block(
     late = LabelFromMask(2 if binary else len(codes), chosen, min_share)
     names = EncodedMultiCategorize(vocab=labels)
     return TransformBlock(type_tfms=[NamesPresent(read, late), names], batch_tfms=late)
+
+# %% ../../nbs/data/07_presence.ipynb #module-dir
+def __dir__(): return __all__

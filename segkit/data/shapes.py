@@ -127,3 +127,6 @@ def _check(classes, labels, size):
         raise ValueError(f"labels={labels!r}: expected {', '.join(map(repr, LABELS))} or None")
     if np.min(size) < 16:
         raise ValueError(f"size={size}: a form needs a picture of at least 16 x 16 pixels")
+
+# %% ../../nbs/data/02_shapes.ipynb #module-dir
+def __dir__(): return __all__

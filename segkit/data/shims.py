@@ -160,3 +160,6 @@ def repair_broadcast() -> None:
         return t.cpu().tolist()
 
     DistributedDL._broadcast = _broadcast
+
+# %% ../../nbs/data/00_shims.ipynb #module-dir
+def __dir__(): return __all__

@@ -140,3 +140,6 @@ def _count(mask, classes, ignore_index):
         return ((mask == 1) & known).flatten(1).sum(1), known
     known = (mask >= 0) & (mask < classes) & ~void
     return torch.bincount(mask[known], minlength=classes), known
+
+# %% ../../nbs/data/06_statistics.ipynb #module-dir
+def __dir__(): return __all__

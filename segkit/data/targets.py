@@ -192,3 +192,6 @@ def item_name(
     paths = [part for part in item if isinstance(part, (str, Path))]
     files = [str(path) for path in paths if Path(path).suffix]
     return ", ".join(files) or f"item {i}"
+
+# %% ../../nbs/data/00a_targets.ipynb #module-dir
+def __dir__(): return __all__

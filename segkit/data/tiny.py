@@ -129,3 +129,6 @@ def _save(array, file):
     "Write a picture; its folder is made if need be"
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(file)
+
+# %% ../../nbs/data/11_tiny.ipynb #module-dir
+def __dir__(): return __all__

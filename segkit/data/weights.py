@@ -39,3 +39,6 @@ def lite0_weights() -> dict[str, Tensor]: # State dict of timm's `tf_efficientne
     source = torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"): names = timm.create_model("tf_efficientnet_lite0").state_dict()
     return rename_in_order(source, names)
+
+# %% ../../nbs/data/04_weights.ipynb #module-dir
+def __dir__(): return __all__

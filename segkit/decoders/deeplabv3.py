@@ -164,3 +164,6 @@ class DeepLabV3(SegmentationModel):
                "decoder.1.": "decoder.conv.",
                "decoder.2.": "decoder.bn."}
         return {old.get(key[:10], key[:10]) + key[10:]: t for key, t in state_dict.items()}
+
+# %% ../../nbs/decoders/06_deeplabv3.ipynb #module-dir
+def __dir__(): return __all__

@@ -88,3 +88,6 @@ class DeepLabV3Plus(SegmentationModel):
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
         self.assemble("deeplabv3plus", encoder, decoder, head, aux_params, upsampling is None)
+
+# %% ../../nbs/decoders/07_deeplabv3plus.ipynb #module-dir
+def __dir__(): return __all__

@@ -306,3 +306,6 @@ class DPTInference(DPTDecoder):
         x = last.mix(maps[0], x)
         x = convolve_enlarged(x, self.kernel, sizes[0], "bilinear", True, self.constants)
         return self.classes(self.relu(self.norm(x + self.bias)))
+
+# %% ../../nbs/decoders/11_dpt.ipynb #module-dir
+def __dir__(): return __all__

@@ -265,3 +265,6 @@ def _composes(rung, unit):
     skip, wide, narrow = lateral.in_channels, lateral.out_channels, conv.out_channels
     plain = skip*wide + 9*wide*narrow
     return 9*skip*narrow + 9*wide*narrow/4 < plain
+
+# %% ../../nbs/decoders/04_fpn.ipynb #module-dir
+def __dir__(): return __all__

@@ -133,3 +133,6 @@ class LinknetInference(nn.Module):
             x = block(x)
             if level is not None: x = x.add_(features[level])
         return x
+
+# %% ../../nbs/decoders/03_linknet.ipynb #module-dir
+def __dir__(): return __all__

@@ -214,3 +214,6 @@ class MAnet(SegmentationModel):
                                decoder_use_norm, decoder_interpolation, decoder_pab_form)
         head = SegmentationHead(decoder.out_channels, classes, activation=activation)
         self.assemble("manet", encoder, decoder, head, aux_params)
+
+# %% ../../nbs/decoders/02_manet.ipynb #module-dir
+def __dir__(): return __all__

@@ -216,3 +216,6 @@ class PAN(SegmentationModel):
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 3, activation, factor)
         self.assemble("pan", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
+
+# %% ../../nbs/decoders/08_pan.ipynb #module-dir
+def __dir__(): return __all__

@@ -194,3 +194,6 @@ def _pointwise(weight, bias=None):
     conv.weight.data.copy_(weight)
     if bias is not None: conv.bias.data.copy_(bias.detach())
     return conv.requires_grad_(False)
+
+# %% ../../nbs/decoders/05_pspnet.ipynb #module-dir
+def __dir__(): return __all__

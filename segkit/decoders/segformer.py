@@ -147,3 +147,6 @@ class Segformer(SegmentationModel):
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder_segmentation_channels, classes, 1, activation, factor)
         self.assemble("segformer", encoder, decoder, head, aux_params, upsampling is None)
+
+# %% ../../nbs/decoders/10_segformer.ipynb #module-dir
+def __dir__(): return __all__

@@ -178,3 +178,6 @@ class UnetInference(nn.Module):
         for block, skip, has_skip in zip(self.blocks, features[-2::-1], self.has_skip):
             x = block(x, skip.shape[-2:], [skip] if has_skip else [])
         return x
+
+# %% ../../nbs/decoders/00_unet.ipynb #module-dir
+def __dir__(): return __all__

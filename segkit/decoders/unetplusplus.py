@@ -255,3 +255,6 @@ class UnetPlusPlusInference(nn.Module):
             if not joined: beside = []
             made[d, l] = self.blocks[f"x_{d}_{l}"](below, finer.shape[-2:], beside)
         return made[self.end]
+
+# %% ../../nbs/decoders/01_unetplusplus.ipynb #module-dir
+def __dir__(): return __all__

@@ -202,3 +202,6 @@ class UPerNetInference(UPerNetDecoder):
         for weight, coarse in zip(self.others, maps):
             total = total + convolve_enlarged(coarse, weight, finest.shape[-2:], self.interpolation)
         return self.relu(self.norm(total))
+
+# %% ../../nbs/decoders/09_upernet.ipynb #module-dir
+def __dir__(): return __all__

@@ -168,3 +168,6 @@ def _check_level(encoder, level, f, size):
         raise ValueError(f"{type(encoder).__name__}: level {level} is {got}, expected {expected} for "
                          f"an image of {size[0]} x {size[1]}: _out_channels[{level}]={channels} "
                          f"at stride {stride}")
+
+# %% ../../nbs/encoders/00_base.ipynb #module-dir
+def __dir__(): return __all__

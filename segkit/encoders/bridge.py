@@ -219,3 +219,6 @@ def _norm_fits(model, fit, indices):
             without = _block_maps(model, image, indices, norm=False)
     except Exception: return False
     return [f.shape for f in with_norm] == [f.shape for f in without]
+
+# %% ../../nbs/encoders/21_bridge.ipynb #module-dir
+def __dir__(): return __all__

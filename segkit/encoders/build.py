@@ -162,3 +162,6 @@ def register_encoder(
     "Enter an encoder class in the table `encoders`"
     settings = dict(pretrained_settings or {})
     return encoders.register(name, pretrained_settings=settings, params=params)
+
+# %% ../../nbs/encoders/00c_build.ipynb #module-dir
+def __dir__(): return __all__

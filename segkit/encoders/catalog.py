@@ -106,3 +106,6 @@ def _with_licences(row, license):
     if allowed is not None: pairs = [pair for pair in pairs if pair[1] in allowed]
     tags, licences = [tag or "default" for tag, _ in pairs], [name for _, name in pairs]
     return row | {"tags": tags, "licences": licences}
+
+# %% ../../nbs/encoders/90_catalog.ipynb #module-dir
+def __dir__(): return __all__

@@ -93,3 +93,6 @@ def plain_forward(
     try: yield
     finally:
         for m in blocks: m.forward = Recomputed(m)
+
+# %% ../../nbs/encoders/80_checkpoint.ipynb #module-dir
+def __dir__(): return __all__

@@ -46,3 +46,6 @@ for _name, _channels, _revision in [
     ("densenet201", (3, 64, 256, 512, 1792, 1920), "ed5deb355d71659391d46fae5e7587460fbb5f84"),
     ("densenet161", (3, 96, 384, 768, 2112, 2208), "9afe0fec51ab2a627141769d97d6f83756d78446"),
 ]: register_native(DenseNetEncoder, _name, _channels, smp_weights(_name, {"imagenet": _revision}))
+
+# %% ../../nbs/encoders/06_densenet.ipynb #module-dir
+def __dir__(): return __all__

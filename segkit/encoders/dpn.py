@@ -36,3 +36,6 @@ for _name, _channels, _tag, _revision in [
     ("dpn107", (3, 128, 376, 1152, 2432, 2688), "imagenet+5k", "dab4cd6b8b79de3db970f2dbff85359a8847db05"),
     ("dpn131", (3, 128, 352, 832, 1984, 2688), "imagenet", "04bbb9f415ca2bb59f3d8227857967b74698515e"),
 ]: register_native(DPNEncoder, _name, _channels, smp_weights(_name, {_tag: _revision}, **{_tag: dpn_stats}))
+
+# %% ../../nbs/encoders/08_dpn.ipynb #module-dir
+def __dir__(): return __all__

@@ -302,3 +302,6 @@ for _name, _width, _revision in [
     TimmEfficientNetEncoder, f"timm-tf_efficientnet_{_name}", _channels(_width, stem=32),
     weights=smp_weights(f"timm-tf_efficientnet_{_name}", {"imagenet": _revision}, imagenet=half_stats),
     timm_name=f"efficientnet_{_name}", drop_path_rate=.2, replaced_by=f"tu-tf_efficientnet_{_name}")
+
+# %% ../../nbs/encoders/11_efficientnet.ipynb #module-dir
+def __dir__(): return __all__

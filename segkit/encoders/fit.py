@@ -101,3 +101,6 @@ def _trial(run, strides, size):
     found = [tuple(f.shape[-2:]) for f in maps]
     if found == [tuple(-(-n//stride) for n in size) for stride in strides]: return "exact"
     return "smaller" if all(map(all, found)) else None
+
+# %% ../../nbs/encoders/02b_fit.ipynb #module-dir
+def __dir__(): return __all__

@@ -172,3 +172,6 @@ def _read(maps, size, owner):
                              f"is not a map with a stride of 1, 2, 4, 8, ...; {_ADVICE}")
         found.append(level)
     return found
+
+# %% ../../nbs/encoders/81_given.ipynb #module-dir
+def __dir__(): return __all__

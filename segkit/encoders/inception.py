@@ -73,3 +73,6 @@ for _cls, _name, _timm_name, _channels, _revisions in [
 ]:
     _weights = smp_weights(_name, _revisions, **dict.fromkeys(_revisions, half_stats))
     register_native(_cls, _name, _channels, _weights, timm_name=_timm_name)
+
+# %% ../../nbs/encoders/09_inception.ipynb #module-dir
+def __dir__(): return __all__

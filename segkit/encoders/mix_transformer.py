@@ -192,3 +192,6 @@ for _name, _widths, _depths, _revision in [
     params={"widths": _widths, "depths": _depths},
     pretrained_settings={tag: facts | {"license": licence} for tag, facts in smp_weights(_name, {"imagenet": _revision}).items()},
 )(MixVisionTransformerEncoder)
+
+# %% ../../nbs/encoders/10_mix_transformer.ipynb #module-dir
+def __dir__(): return __all__

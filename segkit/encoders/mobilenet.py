@@ -81,3 +81,6 @@ encoders.register(
     params={},
     pretrained_settings=smp_weights("mobilenet_v2", {"imagenet": "e67aa804e17f7b404b629127eabbd224c4e0690b"}),
 )(MobileNetV2Encoder)
+
+# %% ../../nbs/encoders/12_mobilenet.ipynb #module-dir
+def __dir__(): return __all__

@@ -164,3 +164,6 @@ for _name, _widths, _branches, _squeeze, _revision in [
     pretrained_settings={tag: facts | {"license": licence}
                          for tag, facts in smp_weights(f"mobileone_{_name}", {"imagenet": _revision}).items()},
 )(MobileOneEncoder)
+
+# %% ../../nbs/encoders/13_mobileone.ipynb #module-dir
+def __dir__(): return __all__

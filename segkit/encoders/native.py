@@ -154,3 +154,6 @@ def fan_out(
     outputs = module.out_channels*module.kernel_size[0]*module.kernel_size[1]
     nn.init.normal_(module.weight, std=(2*module.groups/outputs)**.5)
     if module.bias is not None: nn.init.zeros_(module.bias)
+
+# %% ../../nbs/encoders/03_native.ipynb #module-dir
+def __dir__(): return __all__

@@ -167,3 +167,6 @@ def get_normalize(
     "fastai's `Normalize` with the numbers of one encoder"
     from fastai.data.transforms import Normalize
     return Normalize.from_stats(*unit_statistics(get_preprocessing_params(encoder_name, pretrained)), cuda=cuda)
+
+# %% ../../nbs/encoders/85_preprocessing.ipynb #module-dir
+def __dir__(): return __all__

@@ -81,3 +81,6 @@ def unused_parameters(
     used = set()
     for f in maps: used.update(_reached(f, parameters))
     return [encoder.get_parameter(name) for name in parameters if name not in used]
+
+# %% ../../nbs/encoders/00b_probing.ipynb #module-dir
+def __dir__(): return __all__

@@ -33,3 +33,6 @@ for _name, _channels, _names, _tags in [
 # timm has no model of this width, but its 32x32d takes another base width; the weights are in SMP's repository
 register_native(ResNetEncoder, "resnext101_32x48d", _bottleneck, timm_name="resnext101_32x32d", base_width=48,
                 weights=smp_weights("resnext101_32x48d", {"instagram": "53e61a962b824ad7027409821f9ac3e3336dd024"}))
+
+# %% ../../nbs/encoders/04_resnet.ipynb #module-dir
+def __dir__(): return __all__

@@ -25,3 +25,6 @@ for _name, _timm_name, _revision in [
     _channels = (3, 128 if _name == "senet154" else 64, 256, 512, 1024, 2048)
     _weights = smp_weights(_name, {"imagenet": _revision})
     register_native(SENetEncoder, _name, _channels, _weights, timm_name=_timm_name)
+
+# %% ../../nbs/encoders/07_senet.ipynb #module-dir
+def __dir__(): return __all__

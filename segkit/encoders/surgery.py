@@ -89,3 +89,6 @@ def copy_structure(
     "Modules of one's own, around the same tensors"
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(t): t for t in tensors})
+
+# %% ../../nbs/encoders/00a_surgery.ipynb #module-dir
+def __dir__(): return __all__

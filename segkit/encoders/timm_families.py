@@ -40,3 +40,6 @@ for _name, _channels, _block, _revision in [
     _weights = smp_weights(f"timm-{_name}", {"imagenet": _revision})
     register_native(SKNetEncoder, f"timm-{_name}", _channels, _weights, timm_name=_name,
                     replaced_by=f"tu-{_name}", block_args=_block)
+
+# %% ../../nbs/encoders/14_timm_families.ipynb #module-dir
+def __dir__(): return __all__

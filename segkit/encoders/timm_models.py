@@ -134,3 +134,6 @@ def _with_weights_of_timm(build, name, timm_name):
         hub = cfg.hf_hub_id
         wanted = f"model.safetensors of {hub} on the Hugging Face Hub" if hub else cfg.url
         raise OSError(offline_help(name, wanted, bool(hub))) from error
+
+# %% ../../nbs/encoders/02a_timm_models.ipynb #module-dir
+def __dir__(): return __all__

@@ -167,3 +167,6 @@ def has_pyramid(
 ) -> bool: # Whether they fill the levels, from stride 4 to the deepest, 5 at most
     "Whether a timm model is a pyramid without a bridge"
     return all(2**level in strides for level in range(2, min(max(depth, 2), 5) + 1))
+
+# %% ../../nbs/encoders/02_universal.ipynb #module-dir
+def __dir__(): return __all__

@@ -32,3 +32,6 @@ for _name, _revision in {
     # the classifier, most of the paper's network, is thrown away: make it as small as timm allows
     register_native(VGGEncoder, _name, (64, 128, 256, 512, 512, 512), smp_weights(_name, {"imagenet": _revision}),
                     num_classes=0, mlp_ratio=1/4096)
+
+# %% ../../nbs/encoders/05_vgg.ipynb #module-dir
+def __dir__(): return __all__

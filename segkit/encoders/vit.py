@@ -211,3 +211,6 @@ def _check_given(encoder, depth):
     if encoder.depth != depth:
         raise ValueError(f"encoder_depth={depth}, but the TimmViTEncoder that was given reads "
                          f"{encoder.depth} blocks: pass encoder_depth={encoder.depth}")
+
+# %% ../../nbs/encoders/20_vit.ipynb #module-dir
+def __dir__(): return __all__

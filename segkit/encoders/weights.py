@@ -154,3 +154,6 @@ def with_tag(
     if weights not in tags:
         raise UnknownName(unknown_tag(f"tu-{name}", weights, ["imagenet", *tags] if tags else []))
     return f"{name.partition('.')[0]}.{weights}", True
+
+# %% ../../nbs/encoders/01_weights.ipynb #module-dir
+def __dir__(): return __all__

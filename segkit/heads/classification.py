@@ -50,3 +50,6 @@ class ClassificationHead(nn.Sequential):
             raise ValueError(f"aux_params={dict(aux_params)!r} does not say how many labels there are: "
                              "add 'classes'")
         return cls(in_channels, **aux_params)
+
+# %% ../../nbs/heads/01_classification.ipynb #module-dir
+def __dir__(): return __all__

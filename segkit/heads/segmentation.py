@@ -32,3 +32,6 @@ class SegmentationHead(nn.Sequential):
             enlarge = nn.Upsample(scale_factor=upsampling, mode="bilinear", align_corners=True)
         super().__init__(conv, enlarge, Activation(activation))
         self.upsampling = upsampling
+
+# %% ../../nbs/heads/00_segmentation.ipynb #module-dir
+def __dir__(): return __all__

@@ -159,3 +159,6 @@ def _decided(output):
     "Classes of a mask"
     mask = output[0] if isinstance(output, tuple) else output
     return Task("binary" if mask.shape[1] == 1 else "multiclass").decision(mask)
+
+# %% ../../nbs/inference/10_fuse.ipynb #module-dir
+def __dir__(): return __all__

@@ -81,3 +81,6 @@ def tiled(
                 if band is None: band = _Band(probs, width)
                 band.add(probs, x)
         yield band.finish(following - y)
+
+# %% ../../nbs/inference/21_tiles.ipynb #module-dir
+def __dir__(): return __all__

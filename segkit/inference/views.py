@@ -98,3 +98,6 @@ class ViewsModel(nn.Module):
         parts = out if isinstance(out, (tuple, list)) else [out]
         mask, *label = [task.activation(part) for task, part in zip(self.tasks, parts)]
         return [view.undo(mask, x.shape[-2:]), *label]
+
+# %% ../../nbs/inference/20_views.ipynb #module-dir
+def __dir__(): return __all__

@@ -257,3 +257,6 @@ def cost(
     bills = {name: Bill(name, group, weights[name], work[name]//(2*len(image)))
              for name, group in payer.groups.items()}
     return Cost(bills, tuple(image.shape[-2:]))
+
+# %% ../../nbs/inspect/03_costs.ipynb #module-dir
+def __dir__(): return __all__

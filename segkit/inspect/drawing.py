@@ -371,3 +371,6 @@ def draw(
     "Draw an architecture from one run"
     traced = model if isinstance(model, Trace) else trace(model, image, parts, encoder)
     return show(figure(traced, names, places))
+
+# %% ../../nbs/inspect/02_drawing.ipynb #module-dir
+def __dir__(): return __all__

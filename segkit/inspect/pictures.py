@@ -335,3 +335,6 @@ def feature_maps(
         if shares is not None: text += f", {shares.sum():.0%}"
         texts.append(text if titles is None else titles[i])
     return strip(pictures, texts, **({"photo": True} | kwargs))
+
+# %% ../../nbs/inspect/00_pictures.ipynb #module-dir
+def __dir__(): return __all__

@@ -229,3 +229,6 @@ def profile(
     moved = [Bill(name, "other", 0, 0) for name in kept if name not in counted.bills]
     bills = [*counted.bills.values(), *moved]
     return Profile({bill.name: measured(bill) for bill in bills}, counted.size)
+
+# %% ../../nbs/inspect/04_profiling.ipynb #module-dir
+def __dir__(): return __all__

@@ -221,3 +221,6 @@ def example_image(
     channels = getattr(getattr(model, "encoder", model), "in_channels", 3)
     if not isinstance(channels, int): channels = 3
     return torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device)
+
+# %% ../../nbs/inspect/00a_recording.ipynb #module-dir
+def __dir__(): return __all__

@@ -306,3 +306,6 @@ def shapes(
 ) -> "Markdown": # One row for each part
     "What each part is made of, its channels, size and stride"
     return trace(model, image, parts, encoder).table()
+
+# %% ../../nbs/inspect/01_wiring.ipynb #module-dir
+def __dir__(): return __all__

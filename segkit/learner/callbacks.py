@@ -262,3 +262,6 @@ def restore_run(learn: Learner, state: dict) -> None:
     learn.train_iter = learn.first_epoch*state["batches"]
     for epoch, row in enumerate(state["recorder"]["values"]): learn.logger([epoch, *row, "resumed"])
     set_rng_state(learn.dls, state["random"][rank_distrib()])
+
+# %% ../../nbs/learner/04_callbacks.ipynb #module-dir
+def __dir__(): return __all__

@@ -61,3 +61,6 @@ class AverageLossGradients(Callback):
             if p.grad is None: continue
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
+
+# %% ../../nbs/learner/02c_distributed.ipynb #module-dir
+def __dir__(): return __all__

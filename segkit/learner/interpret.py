@@ -236,3 +236,6 @@ def plot_errors(self: SegmentationInterpretation,
     handles = [Patch(color=colors[i], label=ERRORS[i]) for i in (1, 2, 3)]
     fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return fig
+
+# %% ../../nbs/learner/05_interpret.ipynb #module-dir
+def __dir__(): return __all__

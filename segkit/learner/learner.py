@@ -534,3 +534,6 @@ def _take_off_prefix(module, state, *args):
     "Take the compiler's `_orig_mod.` off all names"
     for name in list(state):
         if name.startswith("_orig_mod."): state[name.removeprefix("_orig_mod.")] = state.pop(name)
+
+# %% ../../nbs/learner/03_learner.ipynb #module-dir
+def __dir__(): return __all__

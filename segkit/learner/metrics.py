@@ -194,3 +194,6 @@ def default_metrics(
     if targets.label == "multilabel":
         label = AccumMetric(_label_f1, invert_arg=True, flatten=False, name="f1")
     return [LossPart("mask_loss"), LossPart("label_loss"), *scores, label_metric(label)]
+
+# %% ../../nbs/learner/01_metrics.ipynb #module-dir
+def __dir__(): return __all__

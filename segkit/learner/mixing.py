@@ -185,3 +185,6 @@ class ClassMix(Mixing):
         self.learn.xb = tuple(paste(a, b, where) for a, b in zip(x, x2))
         mask, *label = paste(y[0], y2[0], where), *y[1:]
         self.learn.yb = (mask, *(retain_type(self.from_mask.label(mask), t) for t in label))
+
+# %% ../../nbs/learner/07_mixing.ipynb #module-dir
+def __dir__(): return __all__

@@ -98,3 +98,6 @@ def unwrap(
         if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module
         elif hasattr(model, "_orig_mod"): model = model._orig_mod
         else: return model
+
+# %% ../../nbs/learner/00_splitter.ipynb #module-dir
+def __dir__(): return __all__

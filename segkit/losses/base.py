@@ -393,3 +393,6 @@ class ChosenClassesLoss(SetLoss):
     def choose(self, x: Tensor | None, axis: int = -1) -> Tensor | None: # The chosen part of `x`
         if x is None or self.classes is None: return x
         return x.index_select(axis, self.classes)
+
+# %% ../../nbs/losses/00_base.ipynb #module-dir
+def __dir__(): return __all__

@@ -56,3 +56,6 @@ class MCCLoss(SetLoss):
             counts = counts & (actual > 0) & (actual < pixels)
         losses = 1 - mcc_score(sums, pixels, self.eps)
         return mean_over_classes(losses, counts, self.class_weights)
+
+# %% ../../nbs/losses/04_correlation.ipynb #module-dir
+def __dir__(): return __all__

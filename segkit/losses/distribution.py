@@ -404,3 +404,6 @@ class OHEMCrossEntropyLoss(SegmentationLoss):
         last = (number - 1).clamp(min=0)
         least = hardest.gather(0, last.view(1))  # loss of the last that is kept in any case
         return counted & (loss >= least.clamp(max=-math.log(self.threshold)))
+
+# %% ../../nbs/losses/02_distribution.ipynb #module-dir
+def __dir__(): return __all__

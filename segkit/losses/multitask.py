@@ -363,3 +363,6 @@ class MultiTaskLoss(PairLoss):
             return sum(self.weights[name]*t for name, t in terms.items())
         pairs = zip(self.log_variances, terms.values(), strict=False)  # a mask alone uses the first
         return sum((-s).exp()*t + s/2 for s, t in pairs)
+
+# %% ../../nbs/losses/06_multitask.ipynb #module-dir
+def __dir__(): return __all__

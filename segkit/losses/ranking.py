@@ -312,3 +312,6 @@ class LovaszLoss(SegmentationLoss):
         if not by_class: counts = counts.any(1, keepdim=True)
         weights = counts.to(compute_dtype(batch.logits))
         return weights if self.class_weights is None else weights * self.class_weights
+
+# %% ../../nbs/losses/03_ranking.ipynb #module-dir
+def __dir__(): return __all__

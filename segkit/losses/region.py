@@ -240,3 +240,6 @@ class FocalTverskyLoss(RegionLoss):
 
     def class_losses(self, sums: Tensor, pixels: Tensor) -> Tensor: # `(..., c)`
         return _power(super().class_losses(sums, pixels), 1/self.gamma, self.eps)
+
+# %% ../../nbs/losses/01_region.ipynb #module-dir
+def __dir__(): return __all__

@@ -167,3 +167,6 @@ def hausdorff95(
     exact = torch.float32 if target.device.type == "mps" else torch.float64  # mps has no float64
     result = torch.tensor(distances, dtype=exact, device=target.device)
     return result.reshape(len(target), -1)
+
+# %% ../../nbs/metrics/02_boundary.ipynb #module-dir
+def __dir__(): return __all__

@@ -345,3 +345,6 @@ class ConfusionMatrix(PairCounter, Scores):
     def __repr__(self):
         name, total = type(self).__name__, self.counts.sum()
         return f"{name}(num_classes={self.num_classes}, ignore_index={self.ignore_index}, "                f"mode={self.mode!r}): {total:,} counted"
+
+# %% ../../nbs/metrics/00_confusion.ipynb #module-dir
+def __dir__(): return __all__

@@ -371,3 +371,6 @@ def negative_likelihood_ratio(
     def formula(tp, fp, fn, tn): return (fn/(tp + fn))/(tn/(tn + fp))
     stats = tp, fp, fn, tn
     return _score(formula, stats, reduction, class_weights, zero_division)
+
+# %% ../../nbs/metrics/01_scores.ipynb #module-dir
+def __dir__(): return __all__

@@ -136,3 +136,6 @@ def _imported(module, name, where):
         raise ImportError(f"{where} needs {module} as {name}, which cannot be imported here "
                           f"({error}); install or copy that module") from error
     return thing
+
+# %% ../../nbs/model/00_config.ipynb #module-dir
+def __dir__(): return __all__

@@ -29,3 +29,6 @@ def create_model(
 
 # %% ../../nbs/model/03_create.ipynb #mapping
 MODEL_ARCHITECTURES_MAPPING = architectures
+
+# %% ../../nbs/model/03_create.ipynb #module-dir
+def __dir__(): return __all__

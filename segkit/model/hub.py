@@ -279,3 +279,6 @@ def upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = "Upload of a segkit model"
     return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=commit))
+
+# %% ../../nbs/model/01_hub.ipynb #module-dir
+def __dir__(): return __all__

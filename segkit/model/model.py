@@ -244,3 +244,6 @@ class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, PredictMixin, Assembly
         mask = cut_back(self.segmentation_head(decoded), x, frame, self.enlarge_mask)
         if self.classification_head is None: return mask
         return mask, self.classification_head(deepest)
+
+# %% ../../nbs/model/02_model.ipynb #module-dir
+def __dir__(): return __all__
