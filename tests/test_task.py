@@ -1,6 +1,7 @@
 """`Task`: one answer to what a prediction is, and when it is a yes; and who gives it."""
 import copy
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -100,7 +101,7 @@ class CrossEntropyLoss:  # another library's; its name says nothing
     (smp.DiceLoss("binary", from_logits=False), Task("binary", from_logits=False)), (losses.FocalLoss("multilabel"), Task("multilabel")),
     (SumLoss(a=nn.BCEWithLogitsLoss(), b=losses.DiceLoss("binary")), Task("binary")), (SumLoss(a=nn.BCEWithLogitsLoss()), Task(None)),
     (CrossEntropyLoss(), None), (SumLoss(a=CrossEntropyLoss()), None), (lambda pred, target: pred.mean(), None),
-], ids=str)
+], ids=lambda value: re.sub(r' at 0x\w+', '', str(value)))
 def test_who_says_what(loss, task):
     assert task_of(loss) == task
 
