@@ -25,7 +25,6 @@ NAMES = "Unet UnetPlusPlus MAnet Linknet FPN PSPNet DeepLabV3 DeepLabV3Plus PAN 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request):
     torch.manual_seed(0)
-    torch.set_num_threads(2)
     if request.param == "DPT":
         model = smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None, decoder_fusion_channels=32,
                         decoder_intermediate_channels=(32, 32, 32, 32), dynamic_img_size=True)

@@ -53,10 +53,9 @@ class JoinedConv(nn.Module):
     ):
         super().__init__()
         below, *beside = conv.weight.detach().split(list(widths), dim=1)
-        self.register_buffer("weight", below.clone())
-        self.register_buffer("kernel", doubling_kernel(below))
-        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
-        for i, part in enumerate(beside): self.register_buffer(f"beside{i}", part.clone())
+        self.weight, self.kernel = _frozen(below), _frozen(doubling_kernel(below))
+        self.bias = None if conv.bias is None else _frozen(conv.bias)
+        self.beside = nn.ParameterList(map(_frozen, beside))
         self.mode = mode
 
     def forward(self,
@@ -65,8 +64,11 @@ class JoinedConv(nn.Module):
         beside: Sequence[Tensor] = (), # Maps of that size
     ) -> Tensor: # Map `(b, o, h, w)`
         y = convolve_doubled(x, size, self.weight, self.kernel, self.bias, self.mode)
-        for i, m in enumerate(beside): y = y + F.conv2d(m, getattr(self, f"beside{i}"), padding=1)
+        for m, weight in zip(beside, self.beside, strict=True):
+            y = y + F.conv2d(m, weight, padding=1)
         return y
+
+def _frozen(weight): return nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 # %% ../../nbs/core/03b_joined.ipynb #module-dir
 def __dir__(): return __all__

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from ..core.enlarged import convolve_enlarged
 from ..core.geometry import resize
-from ..core.layers import Activation, BatchNorm2d
+from ..core.layers import Activation, BatchNorm2d, channels_second
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.vit import get_vit_encoder
@@ -56,7 +56,7 @@ class ReadoutConcatBlock(nn.Module):
         height, width = x.shape[-2:]
         both = [x.permute(0, 2, 3, 1)]
         if prefix is not None: both.append(prefix[:, :1, None].expand(-1, height, width, -1))
-        return self.project(torch.cat(both, dim=-1)).permute(0, 3, 1, 2)
+        return channels_second(self.project(torch.cat(both, dim=-1)))
 
 # %% ../../nbs/decoders/11_dpt.ipynb #reassemble
 class ReassembleBlock(nn.Module):

@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from ..core.enlarged import conv_of
 from ..core.geometry import INTERPOLATIONS, resize
-from ..core.layers import Conv2dReLU
+from ..core.layers import channels_second, Conv2dReLU
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.build import get_encoder
@@ -34,7 +34,7 @@ class MLP(nn.Module):
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return channels_second(self.linear(x.permute(0, 2, 3, 1)))
 
 # %% ../../nbs/decoders/10_segformer.ipynb #decoder
 class SegformerDecoder(nn.Module):
