@@ -109,4 +109,4 @@ def _fetched(archive, folder):
         raise
 
 # %% ../../nbs/core/08_archive.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -57,4 +57,4 @@ def _remove_unfinished(target):
             if old: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/core/06_cache.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

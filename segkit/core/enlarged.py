@@ -84,4 +84,4 @@ def conv_of(
     return conv
 
 # %% ../../nbs/core/03a_enlarged.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

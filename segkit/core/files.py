@@ -162,4 +162,4 @@ def _receive(answer, part, have, total):
         while block := answer.read(1 << 20): bar.update(file.write(block))
 
 # %% ../../nbs/core/06a_files.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -25,6 +25,7 @@ def resize(
         return handle_torch_function(resize, (x,), x, size, mode, align_corners)
     if _has_size(x, size): return x
     if mode not in ("bilinear", "bicubic"): align_corners = None
+    if torch.compiler.is_exporting(): x = x.contiguous()  # or the program would hold for one order in memory
     return F.interpolate(x, size=size, mode=mode, align_corners=align_corners)
 
 def _has_size(x, size):
@@ -113,4 +114,4 @@ def cut_back(
     return crop(mask, rows, columns)
 
 # %% ../../nbs/core/01a_geometry.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

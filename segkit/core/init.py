@@ -50,4 +50,4 @@ class skip_init(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 # %% ../../nbs/core/05_init.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

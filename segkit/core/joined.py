@@ -71,4 +71,4 @@ class JoinedConv(nn.Module):
 def _frozen(weight): return nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 # %% ../../nbs/core/03b_joined.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

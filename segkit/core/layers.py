@@ -222,4 +222,4 @@ class Attention(nn.Module):
         return self.attention(x)
 
 # %% ../../nbs/core/01_layers.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -143,4 +143,4 @@ encoders = Registry("encoder", package="segkit.encoders")
 architectures = Registry("architecture", package="segkit.decoders")
 
 # %% ../../nbs/core/00_registry.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -106,4 +106,4 @@ class Task:
         return self.decodes(pred)  # a softmax does not change which is the largest
 
 # %% ../../nbs/core/07_task.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

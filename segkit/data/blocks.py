@@ -337,4 +337,4 @@ def _check_names(what, names):
     if len(set(names)) < len(names): raise ValueError(f"{what}={list(names)}: names must differ")
 
 # %% ../../nbs/data/01_blocks.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -262,4 +262,4 @@ Licence   nilearn states none for the template; this notice circulates with it:
 {NOTICE}"""
 
 # %% ../../nbs/data/03_brain.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

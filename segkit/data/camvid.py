@@ -127,4 +127,4 @@ def camvid_dataloaders(
         bs=bs, **reading, **kwargs)
 
 # %% ../../nbs/data/10_camvid.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -254,4 +254,4 @@ def plot_top_losses(x: TensorImage, y: tuple[TensorMask, TensorMultiCategory],
     return _plot_top_losses(samples, outs, raws, losses, **kwargs)
 
 # %% ../../nbs/data/00b_display.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

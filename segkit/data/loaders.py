@@ -352,4 +352,4 @@ class MaskDataLoaders(DataLoaders):
         return cls.from_df(table, path=path, **kwargs)
 
 # %% ../../nbs/data/05_loaders.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

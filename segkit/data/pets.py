@@ -77,4 +77,4 @@ def pets_dataloaders(
         item_tfms=item_tfms, batch_tfms=batch_tfms, bs=bs, **BORDERS[border], **kwargs)
 
 # %% ../../nbs/data/09_pets.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

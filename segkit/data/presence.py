@@ -96,4 +96,4 @@ def presence_block(
     return TransformBlock(type_tfms=[NamesPresent(read, late), names], batch_tfms=late)
 
 # %% ../../nbs/data/07_presence.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -129,4 +129,4 @@ def _check(classes, labels, size):
         raise ValueError(f"size={size}: a form needs a picture of at least 16 x 16 pixels")
 
 # %% ../../nbs/data/02_shapes.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

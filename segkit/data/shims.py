@@ -162,4 +162,4 @@ def repair_broadcast() -> None:
     DistributedDL._broadcast = _broadcast
 
 # %% ../../nbs/data/00_shims.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -142,4 +142,4 @@ def _count(mask, classes, ignore_index):
     return torch.bincount(mask[known], minlength=classes), known
 
 # %% ../../nbs/data/06_statistics.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

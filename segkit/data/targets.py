@@ -194,4 +194,4 @@ def item_name(
     return ", ".join(files) or f"item {i}"
 
 # %% ../../nbs/data/00a_targets.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

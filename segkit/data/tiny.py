@@ -131,4 +131,4 @@ def _save(array, file):
     Image.fromarray(array).save(file)
 
 # %% ../../nbs/data/11_tiny.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

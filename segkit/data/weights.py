@@ -41,4 +41,4 @@ def lite0_weights() -> dict[str, Tensor]: # State dict of timm's `tf_efficientne
     return rename_in_order(source, names)
 
 # %% ../../nbs/data/04_weights.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

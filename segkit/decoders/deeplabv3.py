@@ -166,4 +166,4 @@ class DeepLabV3(SegmentationModel):
         return {old.get(key[:10], key[:10]) + key[10:]: t for key, t in state_dict.items()}
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

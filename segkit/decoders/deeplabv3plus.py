@@ -90,4 +90,4 @@ class DeepLabV3Plus(SegmentationModel):
         self.assemble("deeplabv3plus", encoder, decoder, head, aux_params, upsampling is None)
 
 # %% ../../nbs/decoders/07_deeplabv3plus.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -308,4 +308,4 @@ class DPTInference(DPTDecoder):
         return self.classes(self.relu(self.norm(x + self.bias)))
 
 # %% ../../nbs/decoders/11_dpt.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -267,4 +267,4 @@ def _composes(rung, unit):
     return 9*skip*narrow + 9*wide*narrow/4 < plain
 
 # %% ../../nbs/decoders/04_fpn.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -135,4 +135,4 @@ class LinknetInference(nn.Module):
         return x
 
 # %% ../../nbs/decoders/03_linknet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

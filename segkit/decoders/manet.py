@@ -216,4 +216,4 @@ class MAnet(SegmentationModel):
         self.assemble("manet", encoder, decoder, head, aux_params)
 
 # %% ../../nbs/decoders/02_manet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -218,4 +218,4 @@ class PAN(SegmentationModel):
         self.assemble("pan", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
 
 # %% ../../nbs/decoders/08_pan.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -196,4 +196,4 @@ def _pointwise(weight, bias=None):
     return conv.requires_grad_(False)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

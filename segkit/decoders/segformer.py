@@ -149,4 +149,4 @@ class Segformer(SegmentationModel):
         self.assemble("segformer", encoder, decoder, head, aux_params, upsampling is None)
 
 # %% ../../nbs/decoders/10_segformer.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -180,4 +180,4 @@ class UnetInference(nn.Module):
         return x
 
 # %% ../../nbs/decoders/00_unet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -257,4 +257,4 @@ class UnetPlusPlusInference(nn.Module):
         return made[self.end]
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -204,4 +204,4 @@ class UPerNetInference(UPerNetDecoder):
         return self.relu(self.norm(total))
 
 # %% ../../nbs/decoders/09_upernet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

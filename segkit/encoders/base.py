@@ -170,4 +170,4 @@ def _check_level(encoder, level, f, size):
                          f"at stride {stride}")
 
 # %% ../../nbs/encoders/00_base.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -221,4 +221,4 @@ def _norm_fits(model, fit, indices):
     return [f.shape for f in with_norm] == [f.shape for f in without]
 
 # %% ../../nbs/encoders/21_bridge.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

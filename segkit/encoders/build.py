@@ -164,4 +164,4 @@ def register_encoder(
     return encoders.register(name, pretrained_settings=settings, params=params)
 
 # %% ../../nbs/encoders/00c_build.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -108,4 +108,4 @@ def _with_licences(row, license):
     return row | {"tags": tags, "licences": licences}
 
 # %% ../../nbs/encoders/90_catalog.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

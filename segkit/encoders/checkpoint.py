@@ -95,4 +95,4 @@ def plain_forward(
         for m in blocks: m.forward = Recomputed(m)
 
 # %% ../../nbs/encoders/80_checkpoint.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

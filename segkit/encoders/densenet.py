@@ -48,4 +48,4 @@ for _name, _channels, _revision in [
 ]: register_native(DenseNetEncoder, _name, _channels, smp_weights(_name, {"imagenet": _revision}))
 
 # %% ../../nbs/encoders/06_densenet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -38,4 +38,4 @@ for _name, _channels, _tag, _revision in [
 ]: register_native(DPNEncoder, _name, _channels, smp_weights(_name, {_tag: _revision}, **{_tag: dpn_stats}))
 
 # %% ../../nbs/encoders/08_dpn.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

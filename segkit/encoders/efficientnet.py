@@ -304,4 +304,4 @@ for _name, _width, _revision in [
     timm_name=f"efficientnet_{_name}", drop_path_rate=.2, replaced_by=f"tu-tf_efficientnet_{_name}")
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

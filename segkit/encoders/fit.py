@@ -103,4 +103,4 @@ def _trial(run, strides, size):
     return "smaller" if all(map(all, found)) else None
 
 # %% ../../nbs/encoders/02b_fit.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

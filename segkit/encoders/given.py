@@ -174,4 +174,4 @@ def _read(maps, size, owner):
     return found
 
 # %% ../../nbs/encoders/81_given.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

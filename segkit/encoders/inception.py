@@ -75,4 +75,4 @@ for _cls, _name, _timm_name, _channels, _revisions in [
     register_native(_cls, _name, _channels, _weights, timm_name=_timm_name)
 
 # %% ../../nbs/encoders/09_inception.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

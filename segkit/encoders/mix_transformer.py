@@ -194,4 +194,4 @@ for _name, _widths, _depths, _revision in [
 )(MixVisionTransformerEncoder)
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

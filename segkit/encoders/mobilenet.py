@@ -83,4 +83,4 @@ encoders.register(
 )(MobileNetV2Encoder)
 
 # %% ../../nbs/encoders/12_mobilenet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -166,4 +166,4 @@ for _name, _widths, _branches, _squeeze, _revision in [
 )(MobileOneEncoder)
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -156,4 +156,4 @@ def fan_out(
     if module.bias is not None: nn.init.zeros_(module.bias)
 
 # %% ../../nbs/encoders/03_native.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -169,4 +169,4 @@ def get_normalize(
     return Normalize.from_stats(*unit_statistics(get_preprocessing_params(encoder_name, pretrained)), cuda=cuda)
 
 # %% ../../nbs/encoders/85_preprocessing.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

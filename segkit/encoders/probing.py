@@ -83,4 +83,4 @@ def unused_parameters(
     return [encoder.get_parameter(name) for name in parameters if name not in used]
 
 # %% ../../nbs/encoders/00b_probing.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

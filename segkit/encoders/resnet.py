@@ -35,4 +35,4 @@ register_native(ResNetEncoder, "resnext101_32x48d", _bottleneck, timm_name="resn
                 weights=smp_weights("resnext101_32x48d", {"instagram": "53e61a962b824ad7027409821f9ac3e3336dd024"}))
 
 # %% ../../nbs/encoders/04_resnet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

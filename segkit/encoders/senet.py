@@ -27,4 +27,4 @@ for _name, _timm_name, _revision in [
     register_native(SENetEncoder, _name, _channels, _weights, timm_name=_timm_name)
 
 # %% ../../nbs/encoders/07_senet.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -91,4 +91,4 @@ def copy_structure(
     return copy.deepcopy(module, {id(t): t for t in tensors})
 
 # %% ../../nbs/encoders/00a_surgery.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

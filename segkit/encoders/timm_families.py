@@ -42,4 +42,4 @@ for _name, _channels, _block, _revision in [
                     replaced_by=f"tu-{_name}", block_args=_block)
 
 # %% ../../nbs/encoders/14_timm_families.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

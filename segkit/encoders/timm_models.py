@@ -136,4 +136,4 @@ def _with_weights_of_timm(build, name, timm_name):
         raise OSError(offline_help(name, wanted, bool(hub))) from error
 
 # %% ../../nbs/encoders/02a_timm_models.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -169,4 +169,4 @@ def has_pyramid(
     return all(2**level in strides for level in range(2, min(max(depth, 2), 5) + 1))
 
 # %% ../../nbs/encoders/02_universal.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -34,4 +34,4 @@ for _name, _revision in {
                     num_classes=0, mlp_ratio=1/4096)
 
 # %% ../../nbs/encoders/05_vgg.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

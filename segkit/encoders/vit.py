@@ -213,4 +213,4 @@ def _check_given(encoder, depth):
                          f"{encoder.depth} blocks: pass encoder_depth={encoder.depth}")
 
 # %% ../../nbs/encoders/20_vit.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -156,4 +156,4 @@ def with_tag(
     return f"{name.partition('.')[0]}.{weights}", True
 
 # %% ../../nbs/encoders/01_weights.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

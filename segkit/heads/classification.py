@@ -52,4 +52,4 @@ class ClassificationHead(nn.Sequential):
         return cls(in_channels, **aux_params)
 
 # %% ../../nbs/heads/01_classification.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -34,4 +34,4 @@ class SegmentationHead(nn.Sequential):
         self.upsampling = upsampling
 
 # %% ../../nbs/heads/00_segmentation.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -201,4 +201,4 @@ def _close(a, b, tolerance):
     return not b.numel() or bool((a - b).abs().max() <= tolerance*b.abs().max())
 
 # %% ../../nbs/inference/11_fold.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

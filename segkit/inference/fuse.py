@@ -161,4 +161,4 @@ def _decided(output):
     return Task("binary" if mask.shape[1] == 1 else "multiclass").decision(mask)
 
 # %% ../../nbs/inference/10_fuse.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -83,4 +83,4 @@ def tiled(
         yield band.finish(following - y)
 
 # %% ../../nbs/inference/21_tiles.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

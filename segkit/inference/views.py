@@ -100,4 +100,4 @@ class ViewsModel(nn.Module):
         return [view.undo(mask, x.shape[-2:]), *label]
 
 # %% ../../nbs/inference/20_views.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -259,4 +259,4 @@ def cost(
     return Cost(bills, tuple(image.shape[-2:]))
 
 # %% ../../nbs/inspect/03_costs.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -373,4 +373,4 @@ def draw(
     return show(figure(traced, names, places))
 
 # %% ../../nbs/inspect/02_drawing.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

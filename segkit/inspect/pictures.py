@@ -337,4 +337,4 @@ def feature_maps(
     return strip(pictures, texts, **({"photo": True} | kwargs))
 
 # %% ../../nbs/inspect/00_pictures.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -231,4 +231,4 @@ def profile(
     return Profile({bill.name: measured(bill) for bill in bills}, counted.size)
 
 # %% ../../nbs/inspect/04_profiling.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

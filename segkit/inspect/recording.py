@@ -223,4 +223,4 @@ def example_image(
     return torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device)
 
 # %% ../../nbs/inspect/00a_recording.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -308,4 +308,4 @@ def shapes(
     return trace(model, image, parts, encoder).table()
 
 # %% ../../nbs/inspect/01_wiring.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

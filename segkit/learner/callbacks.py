@@ -264,4 +264,4 @@ def restore_run(learn: Learner, state: dict) -> None:
     set_rng_state(learn.dls, state["random"][rank_distrib()])
 
 # %% ../../nbs/learner/04_callbacks.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -63,4 +63,4 @@ class AverageLossGradients(Callback):
             p.grad /= dist.get_world_size()
 
 # %% ../../nbs/learner/02c_distributed.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -238,4 +238,4 @@ def plot_errors(self: SegmentationInterpretation,
     return fig
 
 # %% ../../nbs/learner/05_interpret.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

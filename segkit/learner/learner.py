@@ -536,4 +536,4 @@ def _take_off_prefix(module, state, *args):
         if name.startswith("_orig_mod."): state[name.removeprefix("_orig_mod.")] = state.pop(name)
 
 # %% ../../nbs/learner/03_learner.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

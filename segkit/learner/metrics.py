@@ -196,4 +196,4 @@ def default_metrics(
     return [LossPart("mask_loss"), LossPart("label_loss"), *scores, label_metric(label)]
 
 # %% ../../nbs/learner/01_metrics.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -187,4 +187,4 @@ class ClassMix(Mixing):
         self.learn.yb = (mask, *(retain_type(self.from_mask.label(mask), t) for t in label))
 
 # %% ../../nbs/learner/07_mixing.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -100,4 +100,4 @@ def unwrap(
         else: return model
 
 # %% ../../nbs/learner/00_splitter.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

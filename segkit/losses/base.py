@@ -395,4 +395,4 @@ class ChosenClassesLoss(SetLoss):
         return x.index_select(axis, self.classes)
 
 # %% ../../nbs/losses/00_base.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -58,4 +58,4 @@ class MCCLoss(SetLoss):
         return mean_over_classes(losses, counts, self.class_weights)
 
 # %% ../../nbs/losses/04_correlation.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -406,4 +406,4 @@ class OHEMCrossEntropyLoss(SegmentationLoss):
         return counted & (loss >= least.clamp(max=-math.log(self.threshold)))
 
 # %% ../../nbs/losses/02_distribution.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -365,4 +365,4 @@ class MultiTaskLoss(PairLoss):
         return sum((-s).exp()*t + s/2 for s, t in pairs)
 
 # %% ../../nbs/losses/06_multitask.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -314,4 +314,4 @@ class LovaszLoss(SegmentationLoss):
         return weights if self.class_weights is None else weights * self.class_weights
 
 # %% ../../nbs/losses/03_ranking.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -242,4 +242,4 @@ class FocalTverskyLoss(RegionLoss):
         return _power(super().class_losses(sums, pixels), 1/self.gamma, self.eps)
 
 # %% ../../nbs/losses/01_region.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

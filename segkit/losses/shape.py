@@ -146,4 +146,4 @@ class SoftClDiceLoss(ChosenClassesLoss):
         return 2 * precision * sensitivity / (precision + sensitivity)
 
 # %% ../../nbs/losses/05_shape.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

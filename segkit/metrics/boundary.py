@@ -169,4 +169,4 @@ def hausdorff95(
     return result.reshape(len(target), -1)
 
 # %% ../../nbs/metrics/02_boundary.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

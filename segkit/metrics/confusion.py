@@ -347,4 +347,4 @@ class ConfusionMatrix(PairCounter, Scores):
         return f"{name}(num_classes={self.num_classes}, ignore_index={self.ignore_index}, "                f"mode={self.mode!r}): {total:,} counted"
 
 # %% ../../nbs/metrics/00_confusion.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

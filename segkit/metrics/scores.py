@@ -373,4 +373,4 @@ def negative_likelihood_ratio(
     return _score(formula, stats, reduction, class_weights, zero_division)
 
 # %% ../../nbs/metrics/01_scores.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -138,4 +138,4 @@ def _imported(module, name, where):
     return thing
 
 # %% ../../nbs/model/00_config.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

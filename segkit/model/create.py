@@ -31,4 +31,4 @@ def create_model(
 MODEL_ARCHITECTURES_MAPPING = architectures
 
 # %% ../../nbs/model/03_create.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

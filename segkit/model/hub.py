@@ -281,4 +281,4 @@ def upload(
     return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=commit))
 
 # %% ../../nbs/model/01_hub.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821

@@ -246,4 +246,4 @@ class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, PredictMixin, Assembly
         return mask, self.classification_head(deepest)
 
 # %% ../../nbs/model/02_model.ipynb #module-dir
-def __dir__(): return __all__
+def __dir__(): return __all__  # noqa: F821
