@@ -114,9 +114,72 @@ class UnetPlusPlusDecoder(nn.Module):
         if any(isinstance(attention, SCSEModule) for attention in attentions): return self
         return UnetPlusPlusInference(self)
 
+# %% ../../nbs/decoders/01_unetplusplus.ipynb #deep-supervision
+class _DeepSupervision:
+    "Masks of all levels in training; put it before `SegmentationModel`"
+    def frame(self,
+        x: Tensor, # Images `(b, in_channels, h, w)`
+    ) -> Tensor: # Images `(b, in_channels, H, W)`
+        "Pad to a multiple of the whole network's stride"
+        check_images(x, self.encoder.in_channels)
+        return pad_to_multiple(x, self.frame_stride)
+
+    def forward(self,
+        x: Tensor, # Images `(b, in_channels, h, w)`
+    ) -> Tensor | list[Tensor] | tuple: # Mask `(b, classes, h, w)`, or one a level; and a label
+        "A mask; in training with deep supervision a list of masks, the deepest level first"
+        if not (self.training and len(self.deep_heads)): return super().forward(x)
+        frame = self.frame(x)
+        features = self.encoder(frame)
+        heads = [self.segmentation_head, *self.deep_heads]
+        maps = self.decoder(features, all_levels=True)
+        masks = [cut_back(head(m), x, frame) for head, m in zip(heads, maps, strict=True)]
+        if self.classification_head is None: return masks
+        return masks, self.classification_head(features[-1])
+
+    def prune(self,
+        level: int, # Level to keep, 1 the shallowest
+    ) -> "UnetPlusPlus": # A new model, with copies of these weights
+        "The sub-network of one level by itself; only for models with `deep_supervision=True`"
+        return _pruned(self, level)
+
+# %% ../../nbs/decoders/01_unetplusplus.ipynb #prune-steps
+def _pruned(model, level):
+    "A model of one level, with copies of the parts of `model`"
+    if not len(model.deep_heads):
+        raise ValueError("only a model with deep_supervision=True has a mask for each level "
+                         "that could be kept")
+    levels = range(model.decoder.level, 0, -1)
+    heads = dict(zip(levels, [model.segmentation_head, *model.deep_heads], strict=True))
+    check_choice("level", level, sorted(heads))
+    config = copy.deepcopy(model.config)
+    config |= {"encoder_weights": None, "deep_supervision": False, "level": level}
+    small = type(model)(**_arguments(model, config))
+    small.config, small.name = config, model.name
+    small.segmentation_head = copy.deepcopy(heads[level])
+    small.classification_head = copy.deepcopy(model.classification_head)
+    _copy_weights(model.encoder, small.encoder)
+    _copy_weights(model.decoder, small.decoder)
+    return small.to(next(model.parameters())).train(model.training)
+
+def _arguments(model, config):
+    "The configuration with objects for what plain data cannot say; heads are copied anyway"
+    has_label = model.classification_head is not None
+    arguments = config | {"activation": None, "aux_params": {"classes": 1} if has_label else None}
+    if isinstance(config["encoder_name"], str): return arguments
+    # an encoder that is built already takes no arguments of its own
+    own = inspect.signature(type(model)).parameters
+    arguments = {name: value for name, value in arguments.items() if name in own}
+    return arguments | {"encoder_name": copy.deepcopy(model.encoder)}
+
+def _copy_weights(whole, part):
+    "Load the tensors that `part` has from `whole`"
+    state = whole.state_dict()
+    part.load_state_dict({name: state[name] for name in part.state_dict()})
+
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #model
 @architectures.register("unetplusplus")
-class UnetPlusPlus(SegmentationModel):
+class UnetPlusPlus(_DeepSupervision, SegmentationModel):
     "[U-Net++](https://arxiv.org/abs/1912.05074) (Zhou et al., 2019) with any encoder"
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
     # SMP stores these for the last node, and for VGG, and uses neither
@@ -162,71 +225,12 @@ class UnetPlusPlus(SegmentationModel):
         self.deep_heads = nn.ModuleList(others if deep_supervision else [])
         initialize_head(self.deep_heads)
 
-    def frame(self,
-        x: Tensor, # Images `(b, in_channels, h, w)`
-    ) -> Tensor: # Images `(b, in_channels, H, W)`
-        "Pad to a multiple of the whole network's stride"
-        check_images(x, self.encoder.in_channels)
-        return pad_to_multiple(x, self.frame_stride)
-
-    def forward(self,
-        x: Tensor, # Images `(b, in_channels, h, w)`
-    ) -> Tensor | list[Tensor] | tuple: # Mask `(b, classes, h, w)`, or one a level; and a label
-        "A mask; in training with deep supervision a list of masks, the deepest level first"
-        if not (self.training and len(self.deep_heads)): return super().forward(x)
-        frame = self.frame(x)
-        features = self.encoder(frame)
-        heads = [self.segmentation_head, *self.deep_heads]
-        maps = self.decoder(features, all_levels=True)
-        masks = [cut_back(head(m), x, frame) for head, m in zip(heads, maps, strict=True)]
-        if self.classification_head is None: return masks
-        return masks, self.classification_head(features[-1])
-
-    def prune(self,
-        level: int, # Level to keep, 1 the shallowest
-    ) -> "UnetPlusPlus": # A new model, with copies of these weights
-        "The sub-network of one level by itself; only for models with `deep_supervision=True`"
-        return _pruned(self, level)
-
+# %% ../../nbs/decoders/01_unetplusplus.ipynb #check-deepest
 def _check_deepest(encoder):
     "Raise unless the encoder has a map at its last level"
     if encoder.out_channels[-1]: return
     raise ValueError(f"encoder_depth={encoder.depth}: the encoder has no map there; "
                      "use a depth of at least 2")
-
-# %% ../../nbs/decoders/01_unetplusplus.ipynb #prune-steps
-def _pruned(model, level):
-    "A model of one level, with copies of the parts of `model`"
-    if not len(model.deep_heads):
-        raise ValueError("only a model with deep_supervision=True has a mask for each level "
-                         "that could be kept")
-    levels = range(model.decoder.level, 0, -1)
-    heads = dict(zip(levels, [model.segmentation_head, *model.deep_heads], strict=True))
-    check_choice("level", level, sorted(heads))
-    config = copy.deepcopy(model.config)
-    config |= {"encoder_weights": None, "deep_supervision": False, "level": level}
-    small = type(model)(**_arguments(model, config))
-    small.config, small.name = config, model.name
-    small.segmentation_head = copy.deepcopy(heads[level])
-    small.classification_head = copy.deepcopy(model.classification_head)
-    _copy_weights(model.encoder, small.encoder)
-    _copy_weights(model.decoder, small.decoder)
-    return small.to(next(model.parameters())).train(model.training)
-
-def _arguments(model, config):
-    "The configuration with objects for what plain data cannot say; heads are copied anyway"
-    has_label = model.classification_head is not None
-    arguments = config | {"activation": None, "aux_params": {"classes": 1} if has_label else None}
-    if isinstance(config["encoder_name"], str): return arguments
-    # an encoder that is built already takes no arguments of its own
-    own = inspect.signature(type(model)).parameters
-    arguments = {name: value for name, value in arguments.items() if name in own}
-    return arguments | {"encoder_name": copy.deepcopy(model.encoder)}
-
-def _copy_weights(whole, part):
-    "Load the tensors that `part` has from `whole`"
-    state = whole.state_dict()
-    part.load_state_dict({name: state[name] for name in part.state_dict()})
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #fast
 class UnetPlusPlusInference(nn.Module):
