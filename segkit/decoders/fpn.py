@@ -183,7 +183,7 @@ class FPN(SegmentationModel):
         decoder = FPNDecoder(
             encoder.out_channels, decoder_pyramid_channels, decoder_segmentation_channels,
             decoder_dropout, decoder_merge_policy, decoder_interpolation)
-        factor = 2**(encoder_depth - 3) if upsampling is None else upsampling
+        factor = 2**(encoder.depth - 3) if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
         self.assemble("fpn", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
 
@@ -248,9 +248,9 @@ class FPNInference(nn.Module):
         super().__init__()
         self.p5, self.p4, self.p3 = decoder.p5, decoder.p4, decoder.p3
         *coarse, finest = decoder.seg_blocks
-        composed = _composes(decoder.p2, finest.block[0])
-        self.coarse = nn.ModuleList(coarse)
-        self.finest = (FinestLevel if composed else _PlainFinest)(decoder.p2, finest.block[0])
+        rung, unit = decoder.p2, finest.block[0]
+        form = FinestLevel if _composes(rung, unit) else _PlainFinest
+        self.coarse, self.finest = nn.ModuleList(coarse), form(rung, unit)
         # behind a sum each term gets the same head, behind a concatenation its own part
         added = decoder.merge.policy == "add"
         parts = [head.weight]*4 if added else head.weight.chunk(4, dim=1)
