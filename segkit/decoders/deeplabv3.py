@@ -21,7 +21,7 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #separable
 class SeparableConv2d(nn.Sequential):
-    "3x3 convolution of each channel, then 1x1 across channels [paper](https://arxiv.org/abs/1610.02357)"
+    "3x3 in each channel, then 1x1 across channels [paper](https://arxiv.org/abs/1610.02357)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
@@ -34,7 +34,7 @@ class SeparableConv2d(nn.Sequential):
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #atrous
 class AtrousConv(nn.Sequential):
-    "3x3 convolution with taps `rate` cells apart, norm, ReLU [paper](https://arxiv.org/abs/1706.05587)"
+    "3x3 taps `rate` cells apart, norm, ReLU [paper](https://arxiv.org/abs/1706.05587)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
@@ -63,7 +63,7 @@ class ImagePooling(nn.Sequential):
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #aspp
 class ASPP(nn.Module):
-    "Atrous spatial pyramid pooling: one map at several distances [paper](https://arxiv.org/abs/1706.05587)"
+    "Atrous spatial pyramid pooling [paper](https://arxiv.org/abs/1706.05587)"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int = 256, # Channels of each branch, and of the result

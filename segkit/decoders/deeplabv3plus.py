@@ -22,7 +22,7 @@ from ..heads.segmentation import SegmentationHead
 
 # %% ../../nbs/decoders/07_deeplabv3plus.ipynb #decoder
 class DeepLabV3PlusDecoder(nn.Module):
-    "`ASPP`, enlarged to stride 4 and joined with the map there [paper](https://arxiv.org/abs/1802.02611)"
+    "`ASPP` beside the map of stride 4 [paper](https://arxiv.org/abs/1802.02611)"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
         out_channels: int = 256, # Channels of the result
@@ -83,8 +83,9 @@ class DeepLabV3Plus(SegmentationModel):
         check_choice("decoder_interpolation", decoder_interpolation, INTERPOLATIONS)
         encoder = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights,
                               encoder_output_stride, **kwargs)
-        decoder = DeepLabV3PlusDecoder(encoder.out_channels, decoder_channels, decoder_atrous_rates,
-                                       decoder_aspp_separable, decoder_aspp_dropout, decoder_interpolation)
+        decoder = DeepLabV3PlusDecoder(
+            encoder.out_channels, decoder_channels, decoder_atrous_rates,
+            decoder_aspp_separable, decoder_aspp_dropout, decoder_interpolation)
         factor = 4 if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
         self.assemble("deeplabv3plus", encoder, decoder, head, aux_params, upsampling is None)

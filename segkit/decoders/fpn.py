@@ -113,7 +113,6 @@ class FeaturePyramid(nn.Module):
         self.p4 = TopDownBlock(c4, pyramid_channels, interpolation)
         self.p3 = TopDownBlock(c3, pyramid_channels, interpolation)
         self.p2 = TopDownBlock(c2, pyramid_channels, interpolation)
-        self.stride = 2**(depth-3)
 
     def pyramid(self,
         features: Sequence[Tensor], # Encoder's maps, finest first
@@ -184,7 +183,7 @@ class FPN(SegmentationModel):
         decoder = FPNDecoder(
             encoder.out_channels, decoder_pyramid_channels, decoder_segmentation_channels,
             decoder_dropout, decoder_merge_policy, decoder_interpolation)
-        factor = decoder.stride if upsampling is None else upsampling
+        factor = 2**(encoder.depth - 3) if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
         self.assemble("fpn", encoder, decoder, head, aux_params, enlarge_mask=upsampling is None)
 
@@ -222,6 +221,23 @@ class FinestLevel(nn.Module):
         coarse = convolve_enlarged(x + self.shift, self.kernel, skip.shape[-2:], self.interpolation)
         return self.relu(self.norm(coarse + self.lateral(skip)))
 
+# %% ../../nbs/decoders/04_fpn.ipynb #fast-composes
+def _composes(rung, unit):
+    "Whether the composed finest level has fewer multiply-adds"
+    lateral, conv = rung.skip_conv, unit.block[0]
+    if lateral is None: return False
+    skip, wide, narrow = lateral.in_channels, lateral.out_channels, conv.out_channels
+    plain = skip*wide + 9*wide*narrow
+    return 9*skip*narrow + 9*wide*narrow/4 < plain
+
+class _PlainFinest(nn.Module):
+    "The rung of the finest level and the unit behind it, as they are"
+    def __init__(self, rung, unit):
+        super().__init__()
+        self.rung, self.unit = rung, unit
+
+    def forward(self, x, skip): return self.unit(self.rung(x, skip))
+
 # %% ../../nbs/decoders/04_fpn.ipynb #fast-form
 class FPNInference(nn.Module):
     "An `FPNDecoder` and the convolution of its head, both on smaller maps; for inference"
@@ -230,12 +246,11 @@ class FPNInference(nn.Module):
         head: nn.Conv2d, # 1x1 convolution of the head
     ):
         super().__init__()
-        self.p5, self.p4, self.p3, self.p2 = decoder.p5, decoder.p4, decoder.p3, decoder.p2
+        self.p5, self.p4, self.p3 = decoder.p5, decoder.p4, decoder.p3
         *coarse, finest = decoder.seg_blocks
-        self.coarse, self.branch, self.composed = nn.ModuleList(coarse), finest, None
-        if _composes(decoder.p2, finest.block[0]):
-            self.composed = FinestLevel(decoder.p2, finest.block[0])
-            self.p2 = self.branch = None
+        rung, unit = decoder.p2, finest.block[0]
+        form = FinestLevel if _composes(rung, unit) else _PlainFinest
+        self.coarse, self.finest = nn.ModuleList(coarse), form(rung, unit)
         # behind a sum each term gets the same head, behind a concatenation its own part
         added = decoder.merge.policy == "add"
         parts = [head.weight]*4 if added else head.weight.chunk(4, dim=1)
@@ -249,22 +264,12 @@ class FPNInference(nn.Module):
         p5 = self.p5(c5)
         p4 = self.p4(p5, c4)
         p3 = self.p3(p4, c3)
-        if self.composed is not None: finest = self.composed(p3, c2)
-        else: finest = self.branch(self.p2(p3, c2))
-        logits = self.finest_head(finest)
+        logits = self.finest_head(self.finest(p3, c2))
         sizes = [m.shape[-2:] for m in (c4, c3)]  # all doublings but the last
         for i, p in enumerate((p5, p4, p3)):
             coarse = self.heads[i](self.coarse[i](p, sizes[i:]))
             logits = logits + resize(coarse, c2.shape[-2:], align_corners=True)
         return logits
-
-def _composes(rung, unit):
-    "Whether the composed finest level has fewer multiply-adds"
-    lateral, conv = rung.skip_conv, unit.block[0]
-    if lateral is None: return False
-    skip, wide, narrow = lateral.in_channels, lateral.out_channels, conv.out_channels
-    plain = skip*wide + 9*wide*narrow
-    return 9*skip*narrow + 9*wide*narrow/4 < plain
 
 # %% ../../nbs/decoders/04_fpn.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

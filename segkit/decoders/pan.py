@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.geometry import INTERPOLATIONS, resize
+from ..core.geometry import INTERPOLATIONS, pad_to_least, resize
 from ..core.layers import BatchNorm2d
-from ..core.geometry import pad_to_least
 from ..model.config import take_renamed
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
@@ -97,8 +96,6 @@ class FeaturePyramidAttention(nn.Module):
         x: Tensor, # Deepest map `(b, in_channels, h, w)`
     ) -> Tensor: # What each cell is multiplied by, 0 or more `(b, 1, h, w)`
         "Pool three times, then add the levels from the coarsest up"
-        # not in training, where norms would count the border
-        if torch.compiler.is_exporting() and not self.training: return bordered_gate(self, x)
         half = self.down1(x)
         quarter = self.down2(half)
         gate = self.conv2(quarter) + enlarge(self.down3(quarter), quarter)
@@ -108,7 +105,10 @@ class FeaturePyramidAttention(nn.Module):
     def forward(self,
         x: Tensor, # Deepest map `(b, in_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        return self.gate(x)*self.mid(x) + enlarge(self.branch1(x), x)
+        # a program for all sizes has a gate of its own; in training norms would count its border
+        exported = torch.compiler.is_exporting() and not self.training
+        gate = bordered_gate(self, x) if exported else self.gate(x)
+        return gate*self.mid(x) + enlarge(self.branch1(x), x)
 
 # %% ../../nbs/decoders/08_pan.ipynb #export-border
 def _without_border(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -118,20 +118,24 @@ def _without_border(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def _halve_bordered(x: Tensor, size: Sequence[int], half: Sequence[int]) -> Tensor:
     "`Halve` of the first `size` rows and columns, and a border"
-    for dim, n, m in ((-2, size[0], half[0]), (-1, size[1], half[1])):
+    for dim, n, m in zip((-2, -1), size, half):
         first = 2*torch.arange(m + 1, device=x.device)
-        x = torch.maximum(*(x.index_select(dim, (first + i).clamp(max=n - 1)) for i in (0, 1)))
+        one = x.index_select(dim, first.clamp(max=n - 1))
+        other = x.index_select(dim, (first + 1).clamp(max=n - 1))
+        x = torch.maximum(one, other)
     return x
 
+# %% ../../nbs/decoders/08_pan.ipynb #export-enlarge
 def _enlarge_bordered(
     x: Tensor, size: Sequence[int], target: Sequence[int], border: int = 1,
 ) -> Tensor:
     "The first `size` rows and columns enlarged to `target`, corners kept, and a border"
-    count = lambda n: torch.arange(n, dtype=x.dtype, device=x.device)
-    for n, m in ((size[1], target[1]), (size[0], target[0])):
+    for n, m in zip(reversed(size), reversed(target)):  # columns, then rows
         # where each new column stands among the old ones
-        at = count(m + border)*(n - 1)/torch.sym_max(m - 1, 1)
-        weights = (1 - (at[:, None] - count(x.shape[-1])).abs()).relu()
+        steps = torch.arange(m + border, dtype=x.dtype, device=x.device)
+        at = steps*(n - 1)/torch.sym_max(m - 1, 1)
+        old = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
+        weights = (1 - (at[:, None] - old).abs()).relu()
         x = F.linear(x, weights).transpose(-2, -1).contiguous()
     return x
 
@@ -143,22 +147,22 @@ def bordered_gate(
     "The gate of places as one program for all sizes, on maps that carry a border"
     sizes = [x.shape[-2:]]
     for _ in range(3): sizes.append([torch.sym_max(size//2, 1) for size in sizes[-1]])
-    def run(convs, x, size):
-        for conv in convs: x = conv(_without_border(x, size))
-        return x
-    maps = [x]
-    for i, down in enumerate((fpa.down1, fpa.down2, fpa.down3)):
-        maps.append(run(down[1:], _halve_bordered(maps[-1], *sizes[i:i + 2]), sizes[i + 1]))
-    _, half, quarter, eighth = maps
-    gate = run([fpa.conv2], quarter, sizes[2]) + _enlarge_bordered(eighth, sizes[3], sizes[2])
-    gate = run([fpa.conv1], half, sizes[1]) + _enlarge_bordered(gate, sizes[2], sizes[1])
+    half = _run(fpa.down1[1:], _halve_bordered(x, sizes[0], sizes[1]), sizes[1])
+    quarter = _run(fpa.down2[1:], _halve_bordered(half, sizes[1], sizes[2]), sizes[2])
+    eighth = _run(fpa.down3[1:], _halve_bordered(quarter, sizes[2], sizes[3]), sizes[3])
+    gate = _enlarge_bordered(eighth, sizes[3], sizes[2])
+    gate = _enlarge_bordered(_run([fpa.conv2], quarter, sizes[2]) + gate, sizes[2], sizes[1])
+    gate = _run([fpa.conv1], half, sizes[1]) + gate
     return _enlarge_bordered(gate, sizes[1], sizes[0], border=0)
+
+def _run(convs, x, size):
+    "Convolutions, each of which finds zeros beyond `size`"
+    for conv in convs: x = conv(_without_border(x, size))
+    return x
 
 # %% ../../nbs/decoders/08_pan.ipynb #decoder
 class PANDecoder(nn.Module):
     "`FeaturePyramidAttention`, then one `GlobalAttentionUpsample` a level, to stride 4"
-    stride = 4
-
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first; four to six
         decoder_channels: int = 32, # Channels of every map of the decoder
