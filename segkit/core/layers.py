@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .registry import check_choice, did_you_mean
 
@@ -30,6 +31,7 @@ def channels_second(
     y: Tensor, # Map `(b, h, w, c)`
 ) -> Tensor: # The same map `(b, c, h, w)`
     "Back from the order that linear layers and layer norms take"
+    if has_torch_function((y,)): return handle_torch_function(channels_second, (y,), y)
     y = y.permute(0, 3, 1, 2)
     # a program for all sizes must not depend on how a size orders the memory
     return y.contiguous() if torch.compiler.is_compiling() else y

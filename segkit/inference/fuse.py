@@ -31,8 +31,10 @@ class Fused(nn.Module):
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor | tuple[Tensor, Tensor]: # Mask `(b, classes, h, w)`, or mask and label `(b, labels)`
         check_images(x, self.in_channels)
-        given, weight = x.dtype, next(self.model.parameters())
-        output = self.model(x.to(weight.dtype))
+        given, dtype = x.dtype, next(self.model.parameters()).dtype
+        # the channels last in memory suit convolutions; an exported program leaves that to its engine
+        order = torch.preserve_format if torch.compiler.is_compiling() else torch.channels_last
+        output = self.model(x.to(dtype, memory_format=order))
         return tree_map(lambda t: t.to(given) if t.is_floating_point() else t, output)
 
     @torch.no_grad()
@@ -70,7 +72,7 @@ def fuse(
         fold_norms(rewritten)
         fused = Fused(_as_graph(_with_inference_forms(rewritten)), model.encoder.in_channels)
         for x, masks in zip(pictures, expected): _assert_same(tree_leaves(fused(x)), masks, x)
-        return fused.to(like.device, dtype or like.dtype, memory_format=torch.channels_last)
+        return fused.to(like.device, dtype or like.dtype)
 
 # %% ../../nbs/inference/10_fuse.ipynb #check
 def _check_fusable(model):
