@@ -90,7 +90,7 @@ def _rows_of(patterns, kind):
     def fits(*names): return any(fnmatch(name, pattern) for name in names for pattern in patterns)
     rows = []
     if kind in (None, "native"):
-        rows += [_native_row(name) for name in list(encoders) if fits(name)]
+        for name in filter(fits, list(encoders)): rows.append(_native_row(name))
     for row in sweep_rows():
         name = "tu-" + row["name"]
         wanted = row["ok"] and kind in (None, row["kind"])
