@@ -52,6 +52,7 @@ def test_hooks_change_nothing_and_see_every_module(arch, size):
         for handle in handles: handle.remove()
     # a container is not called as such; what has weights of its own is
     weighty = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    if arch == "dpt": weighty.remove("encoder.model")  # timm's ViT is asked by a method of its own; its blocks are called
     assert own == everywhere
     assert weighty <= own, f"{arch}: not seen by a hook: {sorted(weighty - own)}"
 
