@@ -32,7 +32,7 @@ def level_of(
 def choose_maps(
     strides: Sequence[int], # Strides of the maps that there are
     levels: Sequence[int], # Levels wanted
-    spread: bool = False, # Whether levels that share a stride take different maps; else each takes the last
+    spread: bool = False, # Whether levels that share a stride take different maps
 ) -> list[int]: # For each level, the position of the map that it is made from
     "A map of the level itself, or of the nearest level that has one"
     at: dict[int, list[int]] = {}  # level -> positions of its maps
@@ -72,7 +72,7 @@ bridges: dict[str, tuple[Callable[[int, int], tuple[nn.Module, int]], bool]] = {
 
 # %% ../../nbs/encoders/21_bridge.ipynb #encoder
 class TimmBridgeEncoder(nn.Module, EncoderMixin):
-    "A pyramid from the blocks of any [timm](https://huggingface.co/docs/timm) model [(Li et al., 2022)](https://arxiv.org/abs/2203.16527)"
+    "A pyramid from blocks of any timm model [(Li et al., 2022)](https://arxiv.org/abs/2203.16527)"
     def __init__(self,
         name: str, # Name of a timm model, with or without tag
         pretrained: bool = False, # Load timm's weights of that tag
@@ -123,7 +123,7 @@ class TimmBridgeEncoder(nn.Module, EncoderMixin):
         "The maps between the blocks"
         return _block_maps(self.model, x, indices, norm)
 
-    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, 1 the finest -> names of its parameters
+    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, from 1 -> names of parameters
         "Quarters of the model, by depth, and the bridge as the last stage"
         quarters = parameter_stages(_Quarters(self))
         unused = {id(p) for p in unused_parameters(self)}

@@ -30,13 +30,15 @@ class StaticPadConv2d(nn.Conv2d):
         odd: bool = False, # Whether it was trained on maps of odd size
     ):
         padding = kernel_size//2
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding,
+                         groups=groups, bias=False)
         self.early = stride > 1 and not odd
 
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`, rounded up
-        if not self.early or self.stride == (1, 1): return super().forward(x)  # stride 1 after dilation
+        plain = not self.early or self.stride == (1, 1)  # stride 1 after dilation
+        if plain: return super().forward(x)
         before, after = self.kernel_size[0]//2 - 1, self.kernel_size[0]//2 + 1
         x = F.pad(x, (before, after, before, after))
         return F.conv2d(x, self.weight, None, self.stride, groups=self.groups)
@@ -65,7 +67,7 @@ def halved_sides(
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #mbconv
 class MBConvBlock(nn.Module):
-    "Widen, look around, weigh the channels, narrow [(Tan and Le, 2019)](https://arxiv.org/abs/1905.11946)"
+    "Widen, look around, weigh the channels, narrow"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
@@ -105,14 +107,14 @@ def _norm(channels): return nn.BatchNorm2d(channels, eps=1e-3, momentum=.01)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #encoder
 class EfficientNetEncoder(nn.Module, EncoderMixin):
-    "[EfficientNet](https://arxiv.org/abs/1905.11946) (Tan and Le, 2019) with SMP's padding, taps and names"
+    "[EfficientNet](https://arxiv.org/abs/1905.11946) (Tan and Le, 2019), as SMP has it"
     def __init__(self,
         width: float = 1., # Factor of the channels
         repeat: float = 1., # Factor of the number of blocks
         side: int = 224, # Side of the pictures that the variant was made for
-        taps: Sequence[int] | None = None, # Number of the block after which levels 2 to 5 are taken; None for the ends of the groups
+        taps: Sequence[int] | None = None, # Last blocks of levels 2 to 5; None: of groups
         depth: int = 5, # Levels to build
-        drop_path_rate: float = .2, # Probability of leaving out the last block in training; earlier ones in proportion
+        drop_path_rate: float = .2, # Probability of leaving out the last block
     ):
         super().__init__()
         check_depth("EfficientNet", depth, 5)
@@ -125,7 +127,8 @@ class EfficientNetEncoder(nn.Module, EncoderMixin):
         self._bn0, self.act = _norm(stem), nn.SiLU()
         built = self.taps[depth - 2] + 1 if depth > 1 else 0
         rates = [drop_path_rate*i/len(plan) for i in range(built)]
-        self._blocks = nn.ModuleList(MBConvBlock(*plan[i], drop_path=rate) for i, rate in enumerate(rates))
+        blocks = (MBConvBlock(*row, drop_path=rate) for row, rate in zip(plan, rates))
+        self._blocks = nn.ModuleList(blocks)
         self.apply(fan_out)
 
     def forward(self,
@@ -279,10 +282,13 @@ for _name, _width, _revisions in [
     ("b8", 2.2, (
         "b5e9dde35605a3a6d17ea2a727382625f9066a37",
         "e43f381de72e7467383c2c80bacbb7fcb9572866")),
-]: register_native(
-    TimmEfficientNetEncoder, f"timm-efficientnet-{_name}", _channels(_width),
-    weights=smp_weights(f"timm-efficientnet-{_name}", dict(zip(_tags, _revisions)), advprop=half_stats),
-    timm_name=f"efficientnet_{_name}", drop_path_rate=.2, replaced_by=f"tu-tf_efficientnet_{_name}")
+]:
+    _native = f"timm-efficientnet-{_name}"
+    _weights = smp_weights(_native, dict(zip(_tags, _revisions)), advprop=half_stats)
+    register_native(
+        TimmEfficientNetEncoder, _native, _channels(_width), _weights,
+        timm_name=f"efficientnet_{_name}", drop_path_rate=.2,
+        replaced_by=f"tu-tf_efficientnet_{_name}")
 
 register_native(
     TimmEfficientNetEncoder, "timm-efficientnet-l2", _channels(4.3),
@@ -298,10 +304,13 @@ for _name, _width, _revision in [
     ("lite2", 1.1, "cc5f6cd4c7409ebacc13292f09d369ae88547f6a"),
     ("lite3", 1.2, "ab29c8402991591d66f813bbb1f061565d9b0cd0"),
     ("lite4", 1.4, "91a822e0f03c255b34dfb7846d3858397e50ba39"),
-]: register_native(
-    TimmEfficientNetEncoder, f"timm-tf_efficientnet_{_name}", _channels(_width, stem=32),
-    weights=smp_weights(f"timm-tf_efficientnet_{_name}", {"imagenet": _revision}, imagenet=half_stats),
-    timm_name=f"efficientnet_{_name}", drop_path_rate=.2, replaced_by=f"tu-tf_efficientnet_{_name}")
+]:
+    _native = f"timm-tf_efficientnet_{_name}"
+    _weights = smp_weights(_native, {"imagenet": _revision}, imagenet=half_stats)
+    register_native(
+        TimmEfficientNetEncoder, _native, _channels(_width, stem=32), _weights,
+        timm_name=f"efficientnet_{_name}", drop_path_rate=.2,
+        replaced_by=f"tu-tf_efficientnet_{_name}")
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -24,7 +24,7 @@ class Fit:
     size: tuple[int, int] | None = None # The one size that the model takes
     stretch: bool = False # Reach the multiple by resizing, not by padding
     resize_maps: bool = False # Whether the maps are smaller than their strides say
-    arguments: tuple[tuple[str, Any], ...] = () # Arguments of the timm model that free it from one size
+    arguments: tuple[tuple[str, Any], ...] = () # Arguments that free the timm model from one size
 
     @property
     def is_identity(self) -> bool: # Whether nothing is to be done
@@ -62,10 +62,11 @@ def level_size(
     return [(n + stride - 1)//stride for n in x.shape[-2:]]
 
 # %% ../../nbs/encoders/02b_fit.ipynb #find
-freeing = ((), (("dynamic_img_size", True),), (("strict_img_size", False),))  # arguments by which some timm models take any size
+# arguments by which some timm models take any size
+freeing = ((), (("dynamic_img_size", True),), (("strict_img_size", False),))
 
 def find_fit(
-    make: Callable[..., Callable[[Tensor], Sequence[Tensor]]], # Builds a function from image to maps, given arguments of the timm model
+    make: Callable[..., Callable[[Tensor], Sequence[Tensor]]], # From arguments to a model
     strides: Sequence[int], # Strides of these maps
     size: tuple[int, int], # Size that the model was made for
 ) -> Fit: # The mildest form that works

@@ -55,7 +55,8 @@ def arrange(
     plan = {f.level: i for i, f in enumerate(found) if f.level <= depth}
     deepest = max(plan, default=0)
     last = [i for i, f in enumerate(found) if f.level == deepest]
-    dilated = 2 < deepest < depth and len(last) > depth - deepest  # several maps share the last stride
+    # several maps share the last stride
+    dilated = 2 < deepest < depth and len(last) > depth - deepest
     if dilated: plan |= dict(zip(range(depth, deepest - 1, -1), reversed(last)))
     missing = [level for level in range(2, depth + 1) if level not in plan]
     if missing: raise ValueError(_holes(owner, found, depth, deepest, missing))
@@ -68,16 +69,17 @@ def _holes(owner, found, depth, deepest, missing):
         return (f"encoder_depth={depth}, but the maps of {owner} have strides {strides}: "
                 f"pass encoder_depth={deepest}")
     needed = ", ".join(str(2**level) for level in missing)
-    return (f"the maps of {owner} have strides {strides}, and a pyramid of depth {depth} also needs "
-            f"{needed}. A timm model by its name, encoder_name='tu-<timm name>', may do better")
+    return (f"the maps of {owner} have strides {strides}, and a pyramid of depth {depth} "
+            f"also needs {needed}. A timm model by its name, encoder_name='tu-<timm name>', "
+            "may do better")
 
 # %% ../../nbs/encoders/81_given.ipynb #encoder
 class ModuleEncoder(nn.Module, EncoderMixin):
     "A module that returns feature maps, behind the contract of an encoder"
     def __init__(self,
-        model: nn.Module, # Module that returns a list or dict of maps; or a timm model, of which a copy is taken
+        model: nn.Module, # Returns a list or dict of maps; or a timm model, which is copied
         depth: int = 5, # Deepest level
-        size: tuple[int, int] | None = None, # Height and width of a trial image, for a model that takes no other
+        size: tuple[int, int] | None = None, # The one size that it takes; None for any
     ):
         super().__init__()
         self._classifier = hasattr(model, "forward_intermediates")
@@ -98,15 +100,18 @@ class ModuleEncoder(nn.Module, EncoderMixin):
     def _prune(self, found, plan):
         "Keep what the maps of the plan need; what was found and the plan, numbered anew"
         wanted = sorted(plan.values())
-        self._indices = self.model.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
-        return [found[i] for i in self._indices], {level: wanted.index(i) for level, i in plan.items()}
+        kept = self.model.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
+        self._indices = kept
+        renumbered = {level: wanted.index(i) for level, i in plan.items()}
+        return [found[i] for i in kept], renumbered
 
     def maps(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # The module's own maps
         "What the module returns"
         if self._classifier:
-            return self.model.forward_intermediates(x, indices=self._indices, intermediates_only=True)
+            read = self.model.forward_intermediates
+            return read(x, indices=self._indices, intermediates_only=True)
         maps = self.model(x)
         return list(maps.values()) if isinstance(maps, Mapping) else maps
 
@@ -134,7 +139,7 @@ class _Maps(nn.Module):
     def forward(self, x): return self.encoder.maps(x)
 
 def measure(
-    encoder: "ModuleEncoder", # Wrapper; told the image's channels, and the size if there is only one
+    encoder: "ModuleEncoder", # Wrapper, which is told what was measured
     owner: str, # What to call the module in errors
     size: tuple[int, int] | None = None, # Height and width of the image; None to try
 ) -> list[Level]: # Level and channels of each map
@@ -168,8 +173,8 @@ def _read(maps, size, owner):
         level = read_shape(f.shape, size) if isinstance(f, Tensor) else None
         if level is None:
             got = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
-            raise ValueError(f"map {i} of {owner} is {got} for an image of {size[0]} x {size[1]}, which "
-                             f"is not a map with a stride of 1, 2, 4, 8, ...; {_ADVICE}")
+            raise ValueError(f"map {i} of {owner} is {got} for an image of {size[0]} x {size[1]}, "
+                             f"which is not a map with a stride of 1, 2, 4, 8, ...; {_ADVICE}")
         found.append(level)
     return found
 

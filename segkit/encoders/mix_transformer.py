@@ -38,11 +38,11 @@ class OverlapPatchEmbed(nn.Module):
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #attention
 class EfficientSelfAttention(nn.Module):
-    "Attention of all tokens to the means of regions, learned [(Wang et al., 2021)](https://arxiv.org/abs/2102.12122)"
+    "Attention of tokens to regions [(Wang et al., 2021)](https://arxiv.org/abs/2102.12122)"
     def __init__(self,
         channels: int, # Channels of a token
         num_heads: int, # Heads, each with its share of the channels
-        reduction: int = 1, # Height and width of a region, in tokens; 1 attends to the tokens themselves
+        reduction: int = 1, # Height and width of a region, in tokens
     ):
         super().__init__()
         self.num_heads, self.reduction = num_heads, reduction
@@ -89,13 +89,15 @@ class DepthwiseConv(nn.Module):
         return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 class MixFFN(nn.Module):
-    "Linear, 3x3 depthwise convolution, GELU, linear [(Xie et al., 2021)](https://arxiv.org/abs/2105.15203)"
+    "Linear, 3x3 depthwise convolution, GELU, linear"
     def __init__(self,
         channels: int, # Channels of a token
         hidden: int, # Channels between the linear layers
     ):
         super().__init__()
-        self.fc1, self.dwconv, self.fc2 = nn.Linear(channels, hidden), DepthwiseConv(hidden), nn.Linear(hidden, channels)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.dwconv = DepthwiseConv(hidden)
+        self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self,
         x: Tensor, # Tokens `(b, h, w, channels)`
@@ -128,14 +130,14 @@ class MixTransformerBlock(nn.Module):
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #encoder
 class MixVisionTransformerEncoder(nn.Module, EncoderMixin):
-    "[Mix Transformer](https://arxiv.org/abs/2105.15203) (Xie et al., 2021): four stages, of strides 4 to 32"
+    "[Mix Transformer](https://arxiv.org/abs/2105.15203) (Xie et al., 2021), of strides 4 to 32"
     def __init__(self,
         widths: Sequence[int] = (32, 64, 160, 256), # Channels of each stage
         depths: Sequence[int] = (2, 2, 2, 2), # Blocks in each stage
         num_heads: Sequence[int] = (1, 2, 5, 8), # Heads in each stage
         reductions: Sequence[int] = (8, 4, 2, 1), # Height and width of the regions in each stage
         mlp_ratio: float = 4., # Width of each FFN, relative to the stage
-        drop_path_rate: float = .1, # Probability of leaving out the last block; earlier blocks in proportion
+        drop_path_rate: float = .1, # Probability of leaving out the last block
         depth: int = 5, # Levels, 2 to 5; one stage fewer is built
     ):
         super().__init__()
@@ -177,7 +179,9 @@ def _initialize(module):
         nn.init.zeros_(module.bias)
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #variants
-licence = "NVIDIA Source Code License for SegFormer: research and evaluation only, no commercial use"
+licence = (
+    "NVIDIA Source Code License for SegFormer: "
+    "research and evaluation only, no commercial use")
 _small, _large = (32, 64, 160, 256), (64, 128, 320, 512)
 
 for _name, _widths, _depths, _revision in [
@@ -187,11 +191,11 @@ for _name, _widths, _depths, _revision in [
     ("mit_b3", _large, (3, 4, 18, 3), "32558d12a65f1daa0ebcf4f4053c4285e2c1cbda"),
     ("mit_b4", _large, (3, 8, 27, 3), "3a3454e900a4b4f11dd60eeb59101a9a1a36b017"),
     ("mit_b5", _large, (3, 6, 40, 3), "ced04d96c586b6297fd59a7a1e244fc78fdb6531"),
-]: encoders.register(
-    _name,
-    params={"widths": _widths, "depths": _depths},
-    pretrained_settings={tag: facts | {"license": licence} for tag, facts in smp_weights(_name, {"imagenet": _revision}).items()},
-)(MixVisionTransformerEncoder)
+]:
+    _weights = smp_weights(_name, {"imagenet": _revision}, license=licence)
+    _params = {"widths": _widths, "depths": _depths}
+    _register = encoders.register(_name, params=_params, pretrained_settings=_weights)
+    _register(MixVisionTransformerEncoder)
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -16,7 +16,8 @@ from .native import check_depth, fan_out, smp_weights
 # %% ../../nbs/encoders/12_mobilenet.ipynb #block
 def _conv_norm_relu6(in_channels, out_channels, kernel_size, stride=1, groups=1):
     "What the network is made of"
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size//2, groups=groups, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size//2,
+                     groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU6(inplace=True))
 
 class InvertedResidual(nn.Module):
@@ -42,7 +43,14 @@ class InvertedResidual(nn.Module):
 
 # %% ../../nbs/encoders/12_mobilenet.ipynb #encoder
 v2_groups = [  # blocks, stride, widening, channels
-    (1, 1, 1, 16), (2, 2, 6, 24), (3, 2, 6, 32), (4, 2, 6, 64), (3, 1, 6, 96), (3, 2, 6, 160), (1, 1, 6, 320)]
+    (1, 1, 1, 16),
+    (2, 2, 6, 24),
+    (3, 2, 6, 32),
+    (4, 2, 6, 64),
+    (3, 1, 6, 96),
+    (3, 2, 6, 160),
+    (1, 1, 6, 320),
+]
 
 class MobileNetV2Encoder(nn.Module, EncoderMixin):
     "[MobileNetV2](https://arxiv.org/abs/1801.04381) (Sandler et al., 2018)"
@@ -57,7 +65,8 @@ class MobileNetV2Encoder(nn.Module, EncoderMixin):
         layers, previous = [_conv_norm_relu6(3, 32, 3, 2)], 32
         for blocks, stride, widening, channels in v2_groups:
             for i in range(blocks):
-                layers.append(InvertedResidual(previous, channels, stride if i == 0 else 1, widening))
+                step = stride if i == 0 else 1
+                layers.append(InvertedResidual(previous, channels, step, widening))
                 previous = channels
         layers.append(_conv_norm_relu6(previous, 1280, 1))
         self.features = nn.Sequential(*layers[:self.taps[depth - 1] + 1])
@@ -76,11 +85,8 @@ class MobileNetV2Encoder(nn.Module, EncoderMixin):
         "The layers of strides 16 and 32"
         return {16: list(self.features[7:14]), 32: list(self.features[14:])}
 
-encoders.register(
-    "mobilenet_v2",
-    params={},
-    pretrained_settings=smp_weights("mobilenet_v2", {"imagenet": "e67aa804e17f7b404b629127eabbd224c4e0690b"}),
-)(MobileNetV2Encoder)
+_weights = smp_weights("mobilenet_v2", {"imagenet": "e67aa804e17f7b404b629127eabbd224c4e0690b"})
+encoders.register("mobilenet_v2", params={}, pretrained_settings=_weights)(MobileNetV2Encoder)
 
 # %% ../../nbs/encoders/12_mobilenet.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -55,8 +55,9 @@ class NativeEncoder(nn.Module, EncoderMixin):
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
         "The stages of strides 16 and 32"
-        stages = self.chain[3:self._depth] if self.dilatable else []
-        return {16*2**i: [getattr(self, child) for child in stage] for i, stage in enumerate(stages)}
+        if not self.dilatable: return {}
+        stages = zip((16, 32), self.chain[3:self._depth])
+        return {stride: [getattr(self, child) for child in stage] for stride, stage in stages}
 
 def check_depth(
     owner: str, # What is built, for the message
@@ -71,7 +72,7 @@ def check_depth(
 # %% ../../nbs/encoders/03_native.ipynb #sequence
 class SequenceEncoder(NativeEncoder):
     "Levels taken along `features`, one sequence of layers"
-    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Position of the layer that ends each level, finest first
+    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Last layer of each level
         "Where along `layers`, which stand under their names, the maps are handed out"
         raise NotImplementedError(f"{type(self).__name__} must say where its levels end")
 
@@ -96,8 +97,9 @@ class SequenceEncoder(NativeEncoder):
     def get_stages(self) -> dict[int, list[nn.Module]]:
         if not self.dilatable: return {}
         first = 1 + self.image_first
-        levels = zip(range(first, self._depth + 1), self._ends, self._ends[1:])
-        return {2**level: list(self.features[start+1:end+1]) for level, start, end in levels if level >= 4}
+        stretches = zip(range(first, self._depth + 1), self._ends, self._ends[1:])
+        stages = {2**level: list(self.features[start+1:end+1]) for level, start, end in stretches}
+        return {stride: modules for stride, modules in stages.items() if stride >= 16}
 
 # %% ../../nbs/encoders/03_native.ipynb #stats
 imagenet_stats = {
@@ -106,28 +108,31 @@ imagenet_stats = {
     "input_space": "RGB",
     "input_range": [0, 1],
 }
-half_stats = imagenet_stats | {"mean": [0.5]*3, "std": [0.5]*3}  # -1 to 1, as TensorFlow's models of the time
+# -1 to 1, as TensorFlow's models of the time
+half_stats = imagenet_stats | {"mean": [0.5]*3, "std": [0.5]*3}
 
 # %% ../../nbs/encoders/03_native.ipynb #register
 def hub_weights(
-    *tags: str, # timm models with tag, such as `"resnet34.tv_in1k"`
-    names: Sequence[str] = ("imagenet",), # Name of each in `encoder_weights`
-    stats: Mapping[str, Any] = imagenet_stats, # What the pictures were normalised with
+    name: str, # timm model
+    tags: Mapping[str, str], # Name in `encoder_weights` -> tag of timm, such as `"tv_in1k"`
 ) -> dict[str, dict[str, Any]]: # `pretrained_settings` for the table of encoders
     "Settings for weights in timm's repositories"
-    def settings(tag): return {"repo_id": f"timm/{tag}", "filename": "model.safetensors", **stats}
-    return {name: settings(tag) for name, tag in zip(names, tags)}
+    def settings(tag):
+        return {"repo_id": f"timm/{name}.{tag}", "filename": "model.safetensors", **imagenet_stats}
+    return {ours: settings(tag) for ours, tag in tags.items()}
 
 def smp_weights(
     name: str, # Native name
     revisions: Mapping[str, str], # Tag -> revision of the file
-    **stats: Mapping[str, Any], # Tag -> what the pictures were normalised with, where it is not `imagenet_stats`
+    license: str | None = None, # Licence of the weights, where it restricts their use
+    **stats: Mapping[str, Any], # Tag -> statistics, where they are not `imagenet_stats`
 ) -> dict[str, dict[str, Any]]: # `pretrained_settings` for the table of encoders
     "Settings for weights in SMP's repositories"
     def settings(tag, revision):
         repository = f"smp-hub/{name}.{tag.replace('+', '-')}"
         place = {"repo_id": repository, "filename": "model.safetensors", "revision": revision}
-        return {**place, **stats.get(tag, imagenet_stats)}
+        facts = {"license": license} if license else {}
+        return {**place, **stats.get(tag, imagenet_stats), **facts}
     return {tag: settings(tag, revision) for tag, revision in revisions.items()}
 
 def register_native(
@@ -148,7 +153,7 @@ def register_native(
 def fan_out(
     module: nn.Module, # Module, changed in place
 ) -> None:
-    "Start convolutions by the number of outputs that an input reaches [(He et al., 2015)](https://arxiv.org/abs/1502.01852)"
+    "Start convolutions by their fan-out [(He et al., 2015)](https://arxiv.org/abs/1502.01852)"
     # not nn.init.kaiming_normal_: its fan counts the outputs of all groups
     if not isinstance(module, nn.Conv2d) or module.weight.is_meta: return
     outputs = module.out_channels*module.kernel_size[0]*module.kernel_size[1]

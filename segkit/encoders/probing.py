@@ -18,9 +18,9 @@ from .checkpoint import plain_forward
 # %% ../../nbs/encoders/00b_probing.ipynb #probe
 def probe(
     encoder: nn.Module, # Encoder
-    size: tuple[int, int] | None = None, # Height and width of the image; None for one that the encoder takes
+    size: tuple[int, int] | None = None, # Height and width of the image; None: the encoder's
     only_meta: bool = False, # Fail where the encoder cannot run without values
-) -> tuple[list[Tensor], dict[str, Tensor]]: # Maps, finest first, and the parameters they were made from
+) -> tuple[list[Tensor], dict[str, Tensor]]: # Maps, finest first, and parameters
     "Run `encoder` once in evaluation mode without values, and keep the graph"
     size = size or getattr(encoder, "_probe_size", (64, 64))
     with _evaluation(encoder), torch.enable_grad(), plain_forward(encoder):
@@ -52,8 +52,8 @@ def _run(encoder, size, device):
 # %% ../../nbs/encoders/00b_probing.ipynb #stages
 def parameter_stages(
     encoder: nn.Module, # Encoder
-    size: tuple[int, int] | None = None, # Height and width of the image that it is tried on; None for one that the encoder takes
-) -> dict[str, int]: # Name of each parameter that some level depends on -> number of the first such level
+    size: tuple[int, int] | None = None, # Height and width of the image; None: the encoder's
+) -> dict[str, int]: # Name of each parameter that is used -> number of its level
     "The first level of the pyramid that depends on each parameter of `encoder`"
     maps, parameters = probe(encoder, size)
     stages, left = {}, dict(parameters)
@@ -74,7 +74,7 @@ def _reached(f, parameters):
 # %% ../../nbs/encoders/00b_probing.ipynb #unused
 def unused_parameters(
     encoder: nn.Module, # Encoder
-) -> list[nn.Parameter]: # Its parameters that no level depends on; none where the encoder cannot run without values
+) -> list[nn.Parameter]: # Parameters without a level; none where this cannot be told
     "Weights that would never get a gradient"
     try: maps, parameters = probe(encoder, only_meta=True)
     except (RuntimeError, NotImplementedError): return []

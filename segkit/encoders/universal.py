@@ -148,9 +148,9 @@ def _check_plan(name, strides, plan, depth):
         raise ValueError(f"encoder_depth={depth}: the maps of the timm model {name!r} have strides "
                          f"{given}; use encoder_depth={deepest} or less")
     needed = ", ".join(str(2**level) for level in missing)
-    raise ValueError(f"the timm model {name!r} gives maps of strides {given}, and a pyramid of depth "
-                     f"{depth} also needs {needed}. get_encoder('tu-{name}') builds a bridge for them; "
-                     "TimmUniversalEncoder does not")
+    raise ValueError(f"the timm model {name!r} gives maps of strides {given}, and a pyramid of "
+                     f"depth {depth} also needs {needed}. get_encoder('tu-{name}') builds a bridge "
+                     "for them; TimmUniversalEncoder does not")
 
 def _refused(name, output_stride, error):
     "What timm did not accept"
