@@ -111,8 +111,12 @@ class EncoderMixin(_Changes):
     def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
         "Tensors that checkpoints of this encoder may hold and that it does not build"
         if self._made_with is None: return {}
-        with torch.device("meta"): whole = type(self)(**self._made_with)
+        with torch.device("meta"): whole = self._whole()
         return {name: tuple(t.shape) for name, t in whole.state_dict().items()}
+
+    def _whole(self) -> nn.Module: # A network that has the tensors of a checkpoint
+        "The encoder at its full depth"
+        return type(self)(**self._made_with)
 
 # %% ../../nbs/encoders/00_base.ipynb #check
 def check_encoder(

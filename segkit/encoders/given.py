@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from ..core.geometry import resize
 from .base import EncoderMixin
-from .fit import level_size
+from .fit import fill_levels, level_size
 from .probing import probe
 
 # %% ../../nbs/encoders/81_given.ipynb #read
@@ -88,22 +88,14 @@ class ModuleEncoder(nn.Module, EncoderMixin):
         owner = f"the {type(model).__name__} that was given"
         found = measure(self, owner, size)
         plan = arrange(owner, found, depth)
-        if self._classifier: found, plan = self._prune(found, plan)
-        self._plan = {level: (i, found[i].channels_last) for level, i in plan.items()}
+        levels = {level: found[i] for level, i in plan.items()}
+        if self._classifier: self._indices, plan = _prune(self.model, plan)
+        self._plan = {level: (i, levels[level].channels_last) for level, i in plan.items()}
         self.image_first = 0 not in plan
-        self._out_channels = [0]*(depth + 1)
-        for level, i in plan.items(): self._out_channels[level] = found[i].channels
-        if self.image_first: self._out_channels[0] = self._in_channels
-        deepest = max(found[i].level for i in plan.values())
+        channels = {0: self._in_channels} | {level: f.channels for level, f in levels.items()}
+        self._out_channels = [channels.get(level, 0) for level in range(depth + 1)]
+        deepest = max(f.level for f in levels.values())
         self._output_stride = 2**deepest if deepest < depth else max(32, 2**depth)
-
-    def _prune(self, found, plan):
-        "Keep what the maps of the plan need; what was found and the plan, numbered anew"
-        wanted = sorted(plan.values())
-        kept = self.model.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
-        self._indices = kept
-        renumbered = {level: wanted.index(i) for level, i in plan.items()}
-        return [found[i] for i in kept], renumbered
 
     def maps(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
@@ -118,16 +110,19 @@ class ModuleEncoder(nn.Module, EncoderMixin):
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
-        maps, features = self.maps(x), []
-        for level in range(self._depth + 1):
-            size = level_size(x, min(2**level, self._output_stride))
-            if level in self._plan:
-                i, channels_last = self._plan[level]
-                f = maps[i].permute(0, 3, 1, 2).contiguous() if channels_last else maps[i]
-                features.append(resize(f, size))
-            elif level == 0: features.append(x)
-            else: features.append(x.new_empty(x.shape[0], 0, *size))
-        return features
+        maps, features = self.maps(x), {}
+        for level, (i, channels_last) in self._plan.items():
+            if level > self._depth: continue
+            f = maps[i].permute(0, 3, 1, 2).contiguous() if channels_last else maps[i]
+            features[level] = resize(f, level_size(x, min(2**level, self._output_stride)))
+        return fill_levels(x, features, self._depth, self._output_stride)
+
+# %% ../../nbs/encoders/81_given.ipynb #prune
+def _prune(model, plan):
+    "Drop what no map of the plan needs; the numbers of the maps that stay, and their positions"
+    wanted = sorted(plan.values())
+    kept = model.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
+    return kept, {level: wanted.index(i) for level, i in plan.items()}
 
 # %% ../../nbs/encoders/81_given.ipynb #measure
 class _Maps(nn.Module):

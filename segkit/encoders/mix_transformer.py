@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..core.geometry import pad_to_least
 from ..core.registry import encoders
 from .base import EncoderMixin
-from .native import fan_out, smp_weights
+from .native import check_depth, fan_out, smp_weights
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #patch
 class OverlapPatchEmbed(nn.Module):
@@ -129,6 +129,8 @@ class MixTransformerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #encoder
+_patches = ((7, 4), (3, 2), (3, 2), (3, 2))  # kernel and stride at the start of each stage
+
 class MixVisionTransformerEncoder(nn.Module, EncoderMixin):
     "[Mix Transformer](https://arxiv.org/abs/2105.15203) (Xie et al., 2021), of strides 4 to 32"
     def __init__(self,
@@ -141,23 +143,20 @@ class MixVisionTransformerEncoder(nn.Module, EncoderMixin):
         depth: int = 5, # Levels, 2 to 5; one stage fewer is built
     ):
         super().__init__()
-        if not 2 <= depth <= 5:
-            raise ValueError(f"encoder_depth={depth}: a Mix Transformer has no map of stride 2; "
-                             "use a depth of 2, 3, 4 or 5")
+        check_depth("a Mix Transformer, which has no map of stride 2,", depth, 5, 2)
         self._depth, self._out_channels = depth, [3, 0, *widths]
         self._made_with = dict(widths=widths, depths=depths, num_heads=num_heads,
                                reductions=reductions, mlp_ratio=mlp_ratio)
-        stages = depth - 1
-        for s in range(stages):
-            patch = (7, 4) if s == 0 else (3, 2)  # kernel and stride
-            embed = OverlapPatchEmbed((3, *widths)[s], widths[s], *patch)
-            self.add_module(f"patch_embed{s + 1}", embed)
+        ends = [3, *widths]
+        for s, patch in enumerate(_patches[:depth - 1], 1):
+            self.add_module(f"patch_embed{s}", OverlapPatchEmbed(ends[s-1], ends[s], *patch))
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        for s in range(stages):
-            settings = widths[s], num_heads[s], reductions[s], mlp_ratio
-            blocks = [MixTransformerBlock(*settings, next(rates)) for _ in range(depths[s])]
-            self.add_module(f"block{s + 1}", nn.Sequential(*blocks))
-            self.add_module(f"norm{s + 1}", nn.LayerNorm(widths[s], eps=1e-6))
+        forms = zip(widths, num_heads, reductions, depths)
+        for s, (width, heads, reduction, blocks) in enumerate(list(forms)[:depth - 1], 1):
+            form = width, heads, reduction, mlp_ratio
+            layers = [MixTransformerBlock(*form, next(rates)) for _ in range(blocks)]
+            self.add_module(f"block{s}", nn.Sequential(*layers))
+            self.add_module(f"norm{s}", nn.LayerNorm(width, eps=1e-6))
         self.apply(_initialize)
 
     def forward(self,
@@ -171,6 +170,7 @@ class MixVisionTransformerEncoder(nn.Module, EncoderMixin):
             features.append(x)
         return features
 
+# %% ../../nbs/encoders/10_mix_transformer.ipynb #encoder-steps
 def _initialize(module):
     "Start linear layers as transformers do, convolutions by their number of outputs"
     if isinstance(module, nn.Conv2d): fan_out(module)

@@ -81,7 +81,7 @@ def preprocess_input(
     std: Sequence[float] | None = None, # Standard deviation of each channel
     input_space: str = "RGB", # Order of the channels that the weights expect: "RGB" or "BGR"
     input_range: Sequence[float] | None = None, # What the weights expect; None for 0 to 1
-    value_range: Sequence[float] | None = None, # Values of `x`; None for the usual
+    value_range: Sequence[float] | None = None, # Range of `x`; None: 0 to 255 for bytes, else 0 to 1
     **kwargs, # Further settings of the weights, which are not used here
 ) -> np.ndarray: # Normalised picture, float32 (float64 for float64)
     "Bring a picture into the form that pretrained weights expect"
@@ -118,7 +118,7 @@ class Preprocess(nn.Module):
         std: Sequence[float], # Standard deviation of each channel
         input_space: str = "RGB", # Order of the channels that the weights expect: "RGB" or "BGR"
         input_range: Sequence[float] = (0, 1), # Lowest and highest value that the weights expect
-        value_range: Sequence[float] | None = None, # Values of the tensors; None for the usual
+        value_range: Sequence[float] | None = None, # Range; None: 0 to 255 for bytes, else 0 to 1
     ):
         super().__init__()
         check_choice("input_space", input_space, ["RGB", "BGR"])
@@ -146,7 +146,7 @@ class Preprocess(nn.Module):
 def get_preprocessing_transform(
     encoder_name: str | nn.Module, # Name of an encoder, or a timm model
     pretrained: str | bool = "imagenet", # Tag of the weights
-    value_range: Sequence[float] | None = None, # Values of the tensors; None for the usual
+    value_range: Sequence[float] | None = None, # Range; None: 0 to 255 for bytes, else 0 to 1
 ) -> Preprocess: # Module for tensors `(b, c, h, w)`
     "`Preprocess` with the numbers of one encoder"
     return Preprocess(**get_preprocessing_params(encoder_name, pretrained), value_range=value_range)

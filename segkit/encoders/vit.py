@@ -82,8 +82,42 @@ def check_indices(
                              f"this model has the blocks 0 to {blocks - 1}")
     return [i % blocks for i in indices]
 
+# %% ../../nbs/encoders/20_vit.ipynb #reader
+class _BlockReader(EncoderMixin):
+    "What is known of blocks that are read"
+    output_strides: list[int] # Stride of each map
+    num_prefix_tokens: int # Tokens without a place
+    fixed_size: tuple[int, int] | None # The one size that images are resized to
+
+    @property
+    def output_stride(self) -> int: # Stride of the coarsest map
+        return max(self.output_strides)
+
+    @property
+    def has_prefix_tokens(self) -> bool: # Whether there are tokens without a place
+        return self.num_prefix_tokens > 0
+
+    @property
+    def is_fixed_input_size(self) -> bool: # Whether images are resized to `fixed_size` first
+        return self.fixed_size is not None
+
+    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, from 1 -> names of parameters
+        "What belongs to the stretch before each block that is read"
+        table: dict[int, list[str]] = {}
+        for name, stage in parameter_stages(_Maps(self)).items():
+            table.setdefault(stage, []).append(name.removeprefix("encoder."))
+        return table
+
+class _Maps(nn.Module, EncoderMixin):
+    "The maps of a `TimmViTEncoder` behind an image, as `parameter_stages` reads them"
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self._in_channels, self._depth = encoder, encoder._in_channels, encoder._depth
+
+    def forward(self, x): return [x, *self.encoder(x)[0]]
+
 # %% ../../nbs/encoders/20_vit.ipynb #encoder
-class TimmViTEncoder(nn.Module, EncoderMixin):
+class TimmViTEncoder(nn.Module, _BlockReader):
     "The maps between the blocks of a [timm](https://huggingface.co/docs/timm) model"
     def __init__(self,
         name: str, # Name of a timm model, with or without tag
@@ -123,29 +157,10 @@ class TimmViTEncoder(nn.Module, EncoderMixin):
         maps, prefix = zip(*read(return_prefix_tokens=True))
         return maps, list(prefix)
 
-    @property
-    def output_stride(self) -> int: # Stride of the coarsest map
-        return max(self.output_strides)
-
-    @property
-    def has_prefix_tokens(self) -> bool: # Whether there are tokens without a place
-        return self.num_prefix_tokens > 0
-
-    @property
-    def is_fixed_input_size(self) -> bool: # Whether images are resized to `fixed_size` first
-        return self.fixed_size is not None
-
-    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, from 1 -> names of parameters
-        "What belongs to the stretch before each block that is read"
-        table: dict[int, list[str]] = {}
-        for name, stage in parameter_stages(_Maps(self)).items():
-            table.setdefault(stage, []).append(name.removeprefix("encoder."))
-        return table
-
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
-        "Tensors of the whole model, those behind the last block that is read among them"
-        whole = meta_model(self.name, in_chans=self._in_channels, **self._made_with)
-        return {f"model.{name}": tuple(t.shape) for name, t in whole.state_dict().items()}
+    def _whole(self):
+        "The model with what lies behind the last block that is read"
+        model = meta_model(self.name, in_chans=self._in_channels, **self._made_with)
+        return nn.ModuleDict({"model": model})
 
 # %% ../../nbs/encoders/20_vit.ipynb #encoder-helpers
 def _blocks(name, pretrained, in_channels, indices, kwargs):
@@ -168,14 +183,6 @@ def _prefix_tokens(model):
     takes = inspect.signature(model.forward_intermediates).parameters
     if "return_prefix_tokens" not in takes: return 0
     return int(getattr(model, "num_prefix_tokens", 0) or 0)
-
-class _Maps(nn.Module, EncoderMixin):
-    "The maps of a `TimmViTEncoder` behind an image, as `parameter_stages` reads them"
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder, self._in_channels, self._depth = encoder, encoder._in_channels, encoder._depth
-
-    def forward(self, x): return [x, *self.encoder(x)[0]]
 
 # %% ../../nbs/encoders/20_vit.ipynb #get
 def get_vit_encoder(
@@ -202,6 +209,7 @@ def get_vit_encoder(
     if use_checkpoint: encoder.set_gradient_checkpointing()
     return encoder
 
+# %% ../../nbs/encoders/20_vit.ipynb #get-steps
 def _timm_name(name, weights):
     "The timm model that a name stands for, with its tag, and the weights"
     import timm
