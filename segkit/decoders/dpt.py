@@ -286,9 +286,9 @@ class DPTInference(DPTDecoder):
         self.projection_blocks = decoder.projection_blocks
         self.reassemble_blocks = decoder.reassemble_blocks
         self.fusion_blocks = decoder.fusion_blocks
+        conv, self.norm, self.relu, _, self.classes = head
         project = decoder.fusion_blocks[-1].project
         decoder.fusion_blocks[-1].project = nn.Identity()
-        conv, self.norm, self.relu, _, self.classes = head
         kernel = torch.einsum("omij,mc->ocij", conv.weight, project.weight[:, :, 0, 0])
         self.kernel = nn.Parameter(kernel.detach(), requires_grad=False)
         constants = torch.einsum("omij,m->oij", conv.weight, project.bias)

@@ -104,7 +104,7 @@ class MBConvBlock(nn.Module):
 def _norm(channels): return nn.BatchNorm2d(channels, eps=1e-3, momentum=.01)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #encoder
-class EfficientNetEncoder(nn.Module, EncoderMixin):
+class EfficientNetEncoder(EncoderMixin, nn.Module):
     "[EfficientNet](https://arxiv.org/abs/1905.11946) (Tan and Le, 2019) with SMP's padding, taps and names"
     def __init__(self,
         width: float = 1., # Factor of the channels
@@ -195,7 +195,7 @@ for _name, _width, _repeat, _side, _imagenet, _advprop in [
 )(EfficientNetEncoder)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #timm
-class TimmEfficientNetEncoder(nn.Module, EncoderMixin):
+class TimmEfficientNetEncoder(EncoderMixin, nn.Module):
     "timm's EfficientNet, with the taps of SMP"
     ends = (2, 3, 5, 7)  # groups of blocks up to levels 2 to 5
 

@@ -127,7 +127,7 @@ class MixTransformerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #encoder
-class MixVisionTransformerEncoder(nn.Module, EncoderMixin):
+class MixVisionTransformerEncoder(EncoderMixin, nn.Module):
     "[Mix Transformer](https://arxiv.org/abs/2105.15203) (Xie et al., 2021): four stages, of strides 4 to 32"
     def __init__(self,
         widths: Sequence[int] = (32, 64, 160, 256), # Channels of each stage

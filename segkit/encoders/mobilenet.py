@@ -44,7 +44,7 @@ class InvertedResidual(nn.Module):
 v2_groups = [  # blocks, stride, widening, channels
     (1, 1, 1, 16), (2, 2, 6, 24), (3, 2, 6, 32), (4, 2, 6, 64), (3, 1, 6, 96), (3, 2, 6, 160), (1, 1, 6, 320)]
 
-class MobileNetV2Encoder(nn.Module, EncoderMixin):
+class MobileNetV2Encoder(EncoderMixin, nn.Module):
     "[MobileNetV2](https://arxiv.org/abs/1801.04381) (Sandler et al., 2018)"
     taps = (1, 3, 6, 13, 18)  # layers that end the levels 1 to 5
 

@@ -97,7 +97,7 @@ def merge_branches(
     return merged.train(form.training)
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #encoder
-class MobileOneEncoder(nn.Module, EncoderMixin):
+class MobileOneEncoder(EncoderMixin, nn.Module):
     "[MobileOne](https://arxiv.org/abs/2206.04040) (Vasu et al., 2022)"
     def __init__(self,
         widths: Sequence[float] = (.75, 1., 1., 2.), # Factor of the channels of each stage

@@ -81,7 +81,7 @@ def _last_is_unused(module, prefix, used):
     return bool(names) and not names & used
 
 # %% ../../nbs/encoders/02_universal.ipynb #encoder
-class TimmUniversalEncoder(nn.Module, EncoderMixin):
+class TimmUniversalEncoder(EncoderMixin, nn.Module):
     "Any model of [timm](https://huggingface.co/docs/timm) with a pyramid of features"
     def __init__(self,
         name: str, # Name of a timm model, with or without tag
@@ -100,8 +100,8 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
         except TypeError as error: raise _refused(name, output_stride, error) from None
         kwargs = dict(self.fit.arguments) | kwargs
         if output_stride != 32: kwargs["output_stride"] = output_stride
-        indices = tuple(facts.indices[i] for i in plan.values())
-        self.model = _pyramid(name, pretrained, in_channels, indices, kwargs)
+        self._indices = tuple(facts.indices[i] for i in plan.values())
+        self.model = _pyramid(name, pretrained, in_channels, self._indices, kwargs)
         self.name, self.channels_last, self._made_with = name, facts.channels_last, kwargs
         self._levels, self.image_first = tuple(plan), 0 not in plan
         self._in_channels, self._depth, self._output_stride = in_channels, depth, output_stride
@@ -127,7 +127,14 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
 
     def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
         "Tensors of the whole model, of which this one builds a part"
-        whole = meta_model(self.name, features_only=True, **self._made_with)
+        return self._shapes()
+
+    def stored_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
+        "Tensors that timm builds for these maps, also those that no map depends on"
+        return self._shapes(out_indices=self._indices)
+
+    def _shapes(self, **options):
+        whole = meta_model(self.name, features_only=True, **options, **self._made_with)
         return {f"model.{name}": tuple(t.shape) for name, t in whole.state_dict().items()}
 
 # %% ../../nbs/encoders/02_universal.ipynb #encoder-errors

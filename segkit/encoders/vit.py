@@ -83,7 +83,7 @@ def check_indices(
     return [i % blocks for i in indices]
 
 # %% ../../nbs/encoders/20_vit.ipynb #encoder
-class TimmViTEncoder(nn.Module, EncoderMixin):
+class TimmViTEncoder(EncoderMixin, nn.Module):
     "The maps between the blocks of a [timm](https://huggingface.co/docs/timm) model, all of one stride in a plain ViT"
     def __init__(self,
         name: str, # Name of a timm model, with or without tag
@@ -190,7 +190,8 @@ def get_vit_encoder(
         timm_name, weights = _timm_name(name, weights)
         build = partial(TimmViTEncoder, timm_name, depth=depth, output_indices=output_indices, **kwargs)
         encoder, has_weights = build_with_weights(build, name, timm_name, weights)
-    encoder.set_in_channels(in_channels, pretrained=has_weights, strategy=channel_strategy)
+    strategy = {} if channel_strategy == "tile" else {"strategy": channel_strategy}
+    encoder.set_in_channels(in_channels, pretrained=has_weights, **strategy)
     if use_checkpoint: encoder.set_gradient_checkpointing()
     return encoder
 

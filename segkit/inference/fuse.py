@@ -120,13 +120,20 @@ def _with_inference_forms(model):
     "The model, its decoder and its heads in the forms that they have for inference"
     # a forward of a user's own may read parts that a form does not have
     if not type(model).forward.__module__.startswith("segkit."): return model
-    model = _form_of(model)
-    for name, part in list(model.named_children()): setattr(model, name, _form_of(part))
+    inside = [*model.decoder.modules(), *model.segmentation_head.modules()]
+    model = _form_of(model, inside)
+    for name, part in list(model.named_children()):
+        setattr(model, name, _form_of(part, part.modules()))
     return model
 
-def _form_of(part):
+def _form_of(part, inside):
     own = "inference_form" in vars(type(part)) and "forward" not in vars(part)
-    return part.inference_form() if own else part
+    known = all(_is_known(m) for m in inside if m is not part)
+    return part.inference_form() if own and known else part
+
+def _is_known(module):
+    "Whether its `forward` is no user's"
+    return type(module).__module__.startswith(("segkit.", "torch.")) and "forward" not in vars(module)
 
 # %% ../../nbs/inference/10_fuse.ipynb #graph
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
