@@ -14,6 +14,7 @@ from torch import nn, Tensor
 
 from ..core.geometry import resize
 from ..core.layers import BatchNorm2d
+from ..core.stored import StoredNames
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
 from ..encoders.build import get_encoder
@@ -101,7 +102,7 @@ def check_rates(
 def _is_rate(rate): return isinstance(rate, int) and not isinstance(rate, bool) and rate > 0
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #decoder
-class DeepLabV3Decoder(nn.Module):
+class DeepLabV3Decoder(StoredNames, nn.Module):
     "`ASPP` on the deepest map, and one more convolution [paper](https://arxiv.org/abs/1706.05587)"
     def __init__(self,
         in_channels: int, # Channels of the deepest map
@@ -121,6 +122,11 @@ class DeepLabV3Decoder(nn.Module):
         features: Sequence[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         return self.relu(self.bn(self.conv(self.aspp(features[-1]))))
+
+    def spellings(self, name: str) -> list[str]: # Names that the tensor may have here
+        "Old checkpoints numbered the parts"
+        number, _, rest = name.partition(".")
+        return [f"{part}.{rest}" for part in {"0": ["aspp"], "1": ["conv"], "2": ["bn"]}.get(number, [])]
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #model
 @architectures.register("deeplabv3")
@@ -155,15 +161,6 @@ class DeepLabV3(SegmentationModel):
         factor = encoder.output_stride if upsampling is None else upsampling
         head = SegmentationHead(decoder.out_channels, classes, 1, activation, factor)
         self.assemble("deeplabv3", encoder, decoder, head, aux_params, upsampling is None)
-
-    def translate_state_dict(self,
-        state_dict: Mapping[str, Tensor], # Tensors by name, perhaps of an old checkpoint
-    ) -> Mapping[str, Tensor]: # Tensors by their present names
-        "Name the parts of old checkpoints, which numbered them"
-        old = {"decoder.0.": "decoder.aspp.",
-               "decoder.1.": "decoder.conv.",
-               "decoder.2.": "decoder.bn."}
-        return {old.get(key[:10], key[:10]) + key[10:]: t for key, t in state_dict.items()}
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

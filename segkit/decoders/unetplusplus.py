@@ -17,10 +17,10 @@ from torch import nn, Tensor
 from ..core.init import initialize_head
 from ..core.geometry import INTERPOLATIONS, cut_back, pad_to_multiple
 from ..model.config import take_renamed
-from ..model.model import SegmentationModel, check_images
-from ..core.layers import SCSEModule
+from ..model.model import SegmentationModel
+from ..core.stored import StoredNames, shapes
 from ..core.registry import architectures, check_choice
-from .unet import check_widths, JoinedBlock, UnetDecoderBlock
+from .unet import can_join, center_block, check_widths, JoinedBlock, UnetDecoderBlock
 from ..encoders.build import get_encoder
 from ..heads.segmentation import SegmentationHead
 
@@ -67,7 +67,7 @@ class Grid:
         return deepest + [(self.levels - i, self.row) for i in shallower]
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #decoder
-class UnetPlusPlusDecoder(nn.Module):
+class UnetPlusPlusDecoder(StoredNames, nn.Module):
     "Nodes fed by all nodes to their left [(Zhou et al., 2018)](https://arxiv.org/abs/1807.10165)"
     def __init__(self,
         encoder_channels: Sequence[int], # Channels of the encoder's maps, finest first
@@ -76,8 +76,10 @@ class UnetPlusPlusDecoder(nn.Module):
         attention_type: str | None = None, # None or "scse"
         interpolation_mode: str = "nearest", # Mode of `F.interpolate`
         level: int | None = None, # Sub-network to build, 1 the shallowest; None for the whole
+        add_center_block: bool = False, # Whether SMP stores two convolutions for the deepest map
     ):
         super().__init__()
+        self.stores_center, self.use_norm = add_center_block, use_norm
         check_widths("decoder_channels", decoder_channels, len(encoder_channels) - 1)
         self.grid = Grid(encoder_channels, decoder_channels)
         grid = self.grid
@@ -108,11 +110,15 @@ class UnetPlusPlusDecoder(nn.Module):
             made[d, l] = self.blocks[f"x_{d}_{l}"](below, features[stage].shape[-2:], skip)
         return [made[end] for end in self.ends] if all_levels else made[self.ends[0]]
 
+    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
+        "SMP stores the center of a `UnetDecoder` for VGG, and does not use it"
+        if not self.stores_center: return {}
+        center = shapes(lambda: center_block(self.grid.deep_first[0], self.use_norm))
+        return {f"center.{name}": shape for name, shape in center.items()}
+
     def inference_form(self) -> nn.Module: # Equal decoder for evaluation
         "The decoder without enlarged and joined maps; nodes with attention need those"
-        attentions = [block.attention1.attention for block in self.blocks.values()]
-        if any(isinstance(attention, SCSEModule) for attention in attentions): return self
-        return UnetPlusPlusInference(self)
+        return UnetPlusPlusInference(self) if all(map(can_join, self.blocks.values())) else self
 
 # %% ../../nbs/decoders/01_unetplusplus.ipynb #deep-supervision
 class _DeepSupervision:
@@ -121,7 +127,7 @@ class _DeepSupervision:
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor: # Images `(b, in_channels, H, W)`
         "Pad to a multiple of the whole network's stride"
-        check_images(x, self.encoder.in_channels)
+        self.check_input_shape(x)
         return pad_to_multiple(x, self.frame_stride)
 
     def forward(self,
@@ -182,8 +188,6 @@ def _copy_weights(whole, part):
 class UnetPlusPlus(_DeepSupervision, SegmentationModel):
     "[U-Net++](https://arxiv.org/abs/1912.05074) (Zhou et al., 2019) with any encoder"
     renamed_arguments = {"decoder_use_batchnorm": "decoder_use_norm"}
-    # SMP stores these for the last node, and for VGG, and uses neither
-    unused_tensors = ("decoder.blocks.*.attention1.*", "decoder.center.*")
 
     def __init__(self,
         encoder_name: str | nn.Module = "resnet34", # Name of an encoder, or one that is built
@@ -214,7 +218,8 @@ class UnetPlusPlus(_DeepSupervision, SegmentationModel):
         _check_deepest(encoder)
         self.frame_stride = 2**encoder.depth  # also of a sub-network: its numbers are the whole's
         decoder = UnetPlusPlusDecoder(encoder.out_channels, decoder_channels, decoder_use_norm,
-                                      decoder_attention_type, decoder_interpolation, level)
+                                      decoder_attention_type, decoder_interpolation, level,
+                                      encoder.has_center)
         if shallow: encoder = encoder_of(decoder.encoder_depth, encoder_weights)
         head, *others = [SegmentationHead(width, classes, activation=activation, upsampling=stride)
                          for width, stride in decoder.sizes()]

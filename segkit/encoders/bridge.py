@@ -71,7 +71,7 @@ bridges: dict[str, tuple[Callable[[int, int], tuple[nn.Module, int]], bool]] = {
 }
 
 # %% ../../nbs/encoders/21_bridge.ipynb #encoder
-class TimmBridgeEncoder(nn.Module, EncoderMixin):
+class TimmBridgeEncoder(EncoderMixin, nn.Module):
     "A pyramid from blocks of any timm model [(Li et al., 2022)](https://arxiv.org/abs/2203.16527)"
     def __init__(self,
         name: str, # Name of a timm model, with or without tag

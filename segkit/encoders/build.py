@@ -118,7 +118,9 @@ def get_encoder(
     dilates = output_stride < min(32, encoder.output_stride)
     changes = dilates or use_checkpoint or in_channels != encoder.in_channels
     if isinstance(name, nn.Module) and changes: encoder = copy_structure(encoder)
-    encoder.set_in_channels(in_channels, pretrained=has_weights, strategy=channel_strategy)
+    # SMP's encoders, and subclasses written for it, know no strategy
+    strategy = {} if channel_strategy == "tile" else {"strategy": channel_strategy}
+    encoder.set_in_channels(in_channels, pretrained=has_weights, **strategy)
     if dilates: encoder.make_dilated(output_stride)
     if use_checkpoint: encoder.set_gradient_checkpointing()
     return encoder

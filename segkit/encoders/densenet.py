@@ -6,6 +6,7 @@
 __all__ = ['DenseNetEncoder']
 
 # %% ../../nbs/encoders/06_densenet.ipynb #imports
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -28,6 +29,10 @@ class DenseNetEncoder(SequenceEncoder):
             self.features.norm5 = nn.BatchNorm2d(self.features.norm5.num_features)
         elif depth > 1:  # of the last transition, only the norm
             self.features[-1] = nn.Sequential(OrderedDict(norm=self.features[-1].norm))
+
+    def spellings(self, name: str) -> list[str]: # Names that the tensor may have here
+        "torchvision once wrote `norm.1` for `norm1`"
+        return [re.sub(r"\b(norm|relu|conv)\.(\d)\.", r"\1\2.", name)]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [x]

@@ -106,7 +106,7 @@ class MBConvBlock(nn.Module):
 def _norm(channels): return nn.BatchNorm2d(channels, eps=1e-3, momentum=.01)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #encoder
-class EfficientNetEncoder(nn.Module, EncoderMixin):
+class EfficientNetEncoder(EncoderMixin, nn.Module):
     "[EfficientNet](https://arxiv.org/abs/1905.11946) (Tan and Le, 2019), as SMP has it"
     def __init__(self,
         width: float = 1., # Factor of the channels
@@ -192,7 +192,7 @@ for _name, _width, _repeat, _side, _imagenet, _advprop in [
     _register(EfficientNetEncoder)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #timm
-class TimmEfficientNetEncoder(nn.Module, EncoderMixin):
+class TimmEfficientNetEncoder(EncoderMixin, nn.Module):
     "timm's EfficientNet, with the taps of SMP"
     ends = (1, 2, 4, 6)  # groups of blocks that end the levels 2 to 5
 

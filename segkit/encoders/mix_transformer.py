@@ -131,7 +131,7 @@ class MixTransformerBlock(nn.Module):
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #encoder
 _patches = ((7, 4), (3, 2), (3, 2), (3, 2))  # kernel and stride at the start of each stage
 
-class MixVisionTransformerEncoder(nn.Module, EncoderMixin):
+class MixVisionTransformerEncoder(EncoderMixin, nn.Module):
     "[Mix Transformer](https://arxiv.org/abs/2105.15203) (Xie et al., 2021), of strides 4 to 32"
     def __init__(self,
         widths: Sequence[int] = (32, 64, 160, 256), # Channels of each stage

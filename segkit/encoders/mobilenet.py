@@ -66,7 +66,7 @@ def _v2_layers():
 _v2_weights = smp_weights("mobilenet_v2", {"imagenet": "e67aa804e17f7b404b629127eabbd224c4e0690b"})
 
 @encoders.register("mobilenet_v2", params={}, pretrained_settings=_v2_weights)
-class MobileNetV2Encoder(nn.Module, EncoderMixin):
+class MobileNetV2Encoder(EncoderMixin, nn.Module):
     "[MobileNetV2](https://arxiv.org/abs/1801.04381) (Sandler et al., 2018)"
     taps = (1, 3, 6, 13, 18)  # layers that end the levels 1 to 5
 

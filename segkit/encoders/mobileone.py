@@ -103,7 +103,7 @@ def _kernel(conv, form):
     return F.pad(conv.weight, [border]*4)
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #encoder
-class MobileOneEncoder(nn.Module, EncoderMixin):
+class MobileOneEncoder(EncoderMixin, nn.Module):
     "[MobileOne](https://arxiv.org/abs/2206.04040) (Vasu et al., 2022)"
     def __init__(self,
         widths: Sequence[float] = (.75, 1., 1., 2.), # Factor of the channels of each stage

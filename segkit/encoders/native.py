@@ -18,7 +18,7 @@ from ..core.registry import encoders
 from .base import EncoderMixin
 
 # %% ../../nbs/encoders/03_native.ipynb #encoder
-class NativeEncoder(nn.Module, EncoderMixin):
+class NativeEncoder(EncoderMixin, nn.Module):
     "Stages of a timm model under the names that SMP gives them"
     chain: Sequence[Sequence[str]] = ()  # children of the timm model that make up each stage
     dilatable = True  # whether the last stages may be dilated

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import nn, Tensor
 
+from ..core.stored import shapes
 from .base import EncoderMixin
 from .fit import Fit, fill_levels, find_fit
 from .probing import parameter_stages
@@ -80,7 +81,7 @@ def _last_is_unused(module, prefix, used):
     return bool(names) and not names & used
 
 # %% ../../nbs/encoders/02_universal.ipynb #encoder
-class TimmUniversalEncoder(nn.Module, EncoderMixin):
+class TimmUniversalEncoder(EncoderMixin, nn.Module):
     "Any model of [timm](https://huggingface.co/docs/timm) with a pyramid of features"
     def __init__(self,
         name: str, # Name of a timm model, with or without tag
@@ -95,8 +96,8 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
         plan = plan_levels(facts.strides, depth)
         _check_plan(name, facts.strides, plan, depth)
         self.fit, kwargs = _fitted(name, output_stride, kwargs)
-        indices = tuple(facts.indices[i] for i in plan.values())
-        self.model = _pyramid(name, pretrained, in_channels, indices, kwargs)
+        self._indices = tuple(facts.indices[i] for i in plan.values())
+        self.model = _pyramid(name, pretrained, in_channels, self._indices, kwargs)
         self.name, self.channels_last, self._made_with = name, facts.channels_last, kwargs
         self._levels, self.image_first = tuple(plan), 0 not in plan
         self._in_channels, self._depth, self._output_stride = in_channels, depth, output_stride
@@ -116,10 +117,14 @@ class TimmUniversalEncoder(nn.Module, EncoderMixin):
             if level <= self._depth: features[level] = self.fit.map(f, stride, x, seen)
         return fill_levels(x, features, self._depth, self._output_stride)
 
-    def _whole(self):
+    def _whole(self, **options):
         "The model with all its maps"
-        model = meta_model(self.name, features_only=True, **self._made_with)
+        model = meta_model(self.name, features_only=True, **options, **self._made_with)
         return nn.ModuleDict({"model": model})
+
+    def stored_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
+        "Tensors that timm builds for these maps, also those that no map depends on"
+        return shapes(lambda: self._whole(out_indices=self._indices))
 
 # %% ../../nbs/encoders/02_universal.ipynb #encoder-build
 def _fitted(name, output_stride, kwargs):

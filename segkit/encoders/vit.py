@@ -117,7 +117,7 @@ class _Maps(nn.Module, EncoderMixin):
     def forward(self, x): return [x, *self.encoder(x)[0]]
 
 # %% ../../nbs/encoders/20_vit.ipynb #encoder
-class TimmViTEncoder(nn.Module, _BlockReader):
+class TimmViTEncoder(_BlockReader, nn.Module):
     "The maps between the blocks of a [timm](https://huggingface.co/docs/timm) model"
     def __init__(self,
         name: str, # Name of a timm model, with or without tag
@@ -205,7 +205,8 @@ def get_vit_encoder(
         build = partial(TimmViTEncoder, timm_name, depth=depth,
                         output_indices=output_indices, **kwargs)
         encoder, has_weights = build_with_weights(build, name, timm_name, weights)
-    encoder.set_in_channels(in_channels, pretrained=has_weights, strategy=channel_strategy)
+    strategy = {} if channel_strategy == "tile" else {"strategy": channel_strategy}
+    encoder.set_in_channels(in_channels, pretrained=has_weights, **strategy)
     if use_checkpoint: encoder.set_gradient_checkpointing()
     return encoder
 

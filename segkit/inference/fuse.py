@@ -122,8 +122,13 @@ def _with_inference_form(model):
     if not type(model).forward.__module__.startswith("segkit."): return model
     decoder = model.decoder
     own = "inference_form" in vars(type(decoder)) and "forward" not in vars(decoder)
-    if own: model.decoder = decoder.inference_form()
+    inside = [m for m in decoder.modules() if m is not decoder]
+    if own and all(map(_is_known, inside)): model.decoder = decoder.inference_form()
     return model
+
+def _is_known(module):
+    "Whether its `forward` is no user's"
+    return type(module).__module__.startswith(("segkit.", "torch.")) and "forward" not in vars(module)
 
 # %% ../../nbs/inference/10_fuse.ipynb #graph
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REDUCTIONS', 'PIXEL_REDUCTIONS', 'check_range', 'Batch', 'with_channel', 'prepare', 'as_values', 'check_hard',
            'probabilities', 'as_logits', 'safe_divide', 'reduce_pixels', 'mean_over_classes', 'slices', 'chunks',
-           'wide_dtype', 'count_pixels', 'ReducedLoss', 'check_weights', 'SegmentationLoss', 'SetLoss',
+           'wide_dtype', 'count_pixels', 'ReducedLoss', 'check_weights', 'SegmentationLoss', 'own_step', 'SetLoss',
            'ChosenClassesLoss', 'BINARY_MODE', 'MULTICLASS_MODE', 'MULTILABEL_MODE']
 
 # %% ../../nbs/losses/00_base.ipynb #imports
@@ -340,6 +340,15 @@ class SegmentationLoss(ReducedLoss):
 
     def decodes(self, probs: Tensor) -> Tensor: # Labels, in the form of the target
         return self.task.decodes(with_channel(probs) if self.mode == BINARY_MODE else probs)
+
+def own_step(
+    loss: SegmentationLoss, # Loss
+    name: str, # Name of a method
+    owner: type[SegmentationLoss], # Class whose method of that name is built in
+) -> Callable | None: # What a subclass or the user put in its place, or None
+    "The step of a loss that replaces a built-in one"
+    step = loss._modules.get(name, getattr(loss, name))
+    return None if getattr(step, "__func__", None) is getattr(owner, name) else step
 
 # %% ../../nbs/losses/00_base.ipynb #set
 class SetLoss(SegmentationLoss):

@@ -8,7 +8,7 @@ __all__ = ['cross_entropy', 'pixel_weights', 'SoftCrossEntropyLoss', 'SoftBCEWit
 
 # %% ../../nbs/losses/02_distribution.ipynb #imports
 import math
-from typing import Literal, Sequence
+from typing import Callable, Literal, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from torch import Tensor
 from ..core.registry import check_choice
 from ..core.task import BINARY_MODE, MULTICLASS_MODE, MULTILABEL_MODE, Task, compute_dtype
 from .base import (PIXEL_REDUCTIONS, Batch, SegmentationLoss, as_logits, as_values,
-                                chunks, count_pixels, mean_over_classes, prepare, probabilities,
-                                reduce_pixels, safe_divide, wide_dtype)
+                                chunks, count_pixels, mean_over_classes, own_step, prepare,
+                                probabilities, reduce_pixels, safe_divide, wide_dtype)
 
 # %% ../../nbs/losses/02_distribution.ipynb #entries
 def _smooth(target: Tensor, smoothing: float | None) -> Tensor:
@@ -325,8 +325,35 @@ def _for_each_class(alpha: Tensor | None, classes: int) -> Tensor | None:
     if len(alpha) in (1, classes): return alpha.expand(classes)
     raise ValueError(f"alpha has {len(alpha)} numbers, but y_pred has {classes} classes")
 
+# %% ../../nbs/losses/02_distribution.ipynb #focal-own
+class _OneClass(SegmentationLoss):
+    "The step of a focal loss that a subclass or a user may replace"
+    def focal_loss_fn(self,
+        output: Tensor, # Logits of one class, of entries that count, in any shape
+        target: Tensor, # Values from 0 to 1, of the same shape
+    ) -> Tensor: # One number
+        "The loss of one class"
+        batch = Batch(output.reshape(1, 1, -1), target.reshape(1, 1, -1).to(output.dtype), None)
+        reduction = "sum" if self.reduction == "sum" else "mean"
+        return sigmoid_focal(batch, self.gamma, self.reduced_threshold, self.alpha,
+                             normalized=self.normalized, reduction=reduction)
+
+    def ask(self, own: Callable, batch: Batch) -> Tensor: # One number, or `(b,)` with `"none"`
+        if self.softmax or self.reduction == "pixel":
+            raise ValueError("a focal_loss_fn of your own gets one class at a time and returns one "
+                             "number: it has neither activation='softmax' nor reduction='pixel'")
+        if self.reduction != "none": return self.ask_once(own, batch)
+        return torch.stack([self.ask_once(own, item) for item in batch.items()])
+
+    def ask_once(self, own: Callable, batch: Batch) -> Tensor: # Mean of the answers
+        logits, target, counted = as_values(batch.flat())
+        def entries(x, c): return x[:, c] if counted is None else x[:, c][counted[:, c]]
+        answers = [own(entries(logits, c), entries(target, c)) for c in range(batch.classes)]
+        losses = torch.stack(answers)
+        return mean_over_classes(losses, torch.ones_like(losses), self.class_weights)
+
 # %% ../../nbs/losses/02_distribution.ipynb #focal-loss
-class FocalLoss(SegmentationLoss):
+class FocalLoss(_OneClass):
     "Cross entropy times a power of what is missing [(Lin, 2017)](https://arxiv.org/abs/1708.02002)"
     reductions = PIXEL_REDUCTIONS
 
@@ -359,6 +386,8 @@ class FocalLoss(SegmentationLoss):
         batch = self.prepare(y_pred, y_true)
         alpha = _for_each_class(self.alpha, batch.classes)
         batch = batch._replace(logits=as_logits(batch.logits, self._entries, self.eps))
+        own = own_step(self, "focal_loss_fn", _OneClass)
+        if own is not None: return self.ask(own, batch)
         form = softmax_focal if self.softmax else sigmoid_focal
         return form(batch, self.gamma, self.reduced_threshold, alpha,
                     self.class_weights, self.normalized, self.reduction)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..core.registry import check_choice
 from ..core.task import MULTICLASS_MODE, Task, compute_dtype
-from .base import (Batch, ChosenClassesLoss, as_values, chunks, mean_over_classes,
-                                probabilities, safe_divide, wide_dtype)
+from .base import (Batch, ChosenClassesLoss, SegmentationLoss, as_values, chunks,
+                                count_pixels, mean_over_classes, own_step, probabilities,
+                                safe_divide, wide_dtype)
 
 # %% ../../nbs/losses/01_region.ipynb #plain
 def plain_sums(
@@ -128,14 +129,48 @@ def tversky_score(
     errors = alpha * (predicted - overlap) + beta * (actual - overlap)
     return (overlap + smooth) / (overlap + errors + smooth).clamp_min(eps)
 
-# %% ../../nbs/losses/01_region.ipynb #region
-EMPTY = ("ignore", "exclude", "penalize")
-
-class RegionLoss(ChosenClassesLoss):
-    "One minus the overlap score, averaged over classes; a subclass sets `alpha` and `beta`"
+# %% ../../nbs/losses/01_region.ipynb #steps
+class _Steps(ChosenClassesLoss):
+    "The steps of a region loss that a subclass may replace"
     alpha: float  # weight of what was found and is not there
     beta: float  # weight of what is there and was missed
 
+    def aggregate_loss(self,
+        loss: Tensor, # Loss of each chosen class `(c,)`
+        present: Tensor | None = None, # With `empty="exclude"`: whether a class is there `(c,)`
+    ) -> Tensor: # One number
+        "The mean over classes"
+        if present is None: present = torch.ones_like(loss)
+        return mean_over_classes(loss, present, self.choose(self.class_weights))
+
+    def scores(self, batch: Batch, sums: Tensor) -> Tensor: # Score of each class `(c,)`
+        own = own_step(self, "compute_score", _Steps)
+        if own is None: return tversky_score(sums, self.alpha, self.beta, self.smooth, self.eps)
+        logits, target, counted = as_values(batch.flat())
+        p = probabilities(logits, self.task)
+        if counted is not None: p = p * counted
+        return own(p, target, smooth=self.smooth, eps=self.eps, dims=(0, 2))
+
+    def compute_score(self,
+        output: Tensor, # Probabilities, 0 where a pixel does not count `(b, c, n)`
+        target: Tensor, # Values from 0 to 1 `(b, c, n)`
+        smooth: float = 0.0, # Added to numerator and denominator
+        eps: float = 1e-7, # Smallest denominator
+        dims: Sequence[int] | None = None, # Axes of a set; None for all
+    ) -> Tensor: # Score of each set
+        "Scores from dense tensors, as SMP's losses compute them"
+        sums = torch.stack([_over(x, dims) for x in (torch.minimum(output, target), output, target)])
+        return tversky_score(sums, self.alpha, self.beta, smooth, eps)
+
+def _over(x: Tensor, dims: Sequence[int] | None) -> Tensor:
+    "The sum over these axes, or over all"
+    return x.sum() if dims is None else x.sum(dims)
+
+# %% ../../nbs/losses/01_region.ipynb #region
+EMPTY = ("ignore", "exclude", "penalize")
+
+class RegionLoss(_Steps):
+    "One minus the overlap score, averaged over classes; a subclass sets `alpha` and `beta`"
     def __init__(self,
         mode: str, # `"binary"`, `"multiclass"` or `"multilabel"`
         classes: Sequence[int] | None = None, # Classes that enter the mean; None for all
@@ -153,27 +188,31 @@ class RegionLoss(ChosenClassesLoss):
         self.log_loss, self.smooth, self.eps = log_loss, smooth, eps
         self.empty = check_choice("empty", empty, EMPTY)
 
+    def forward(self,
+        y_pred: Tensor, # Logits `(b, c, h, w)`
+        y_true: Tensor, # Labels `(b, h, w)`, or values `(b, c, h, w)`
+    ) -> Tensor: # One number, or `(b,)` with `reduction="none"`
+        loss = SegmentationLoss.forward(self, y_pred, y_true)
+        return loss.to(compute_dtype(y_pred))
+
+    def value(self, batch: Batch) -> Tensor: # One number for the whole batch
+        sums, pixels = self.sums(batch).sum(1), count_pixels(batch).sum(0)
+        losses = self.class_losses(sums, pixels, self.scores(batch, sums))
+        present = [self.choose(sums[2] > 0)] if self.empty == "exclude" else []
+        return self.aggregate_loss(self.choose(losses), *present)
+
     def sums(self, batch: Batch) -> Tensor: # Overlap, predicted and actual sum `(3, b, c)`
         return region_sums(batch, self.task)
 
-    def loss_of(self, sums: Tensor, pixels: Tensor) -> Tensor: # `(...)` from `(3, ..., c)`
-        return self.mean_over_classes(self.class_losses(sums, pixels), sums[2] > 0)
-
-    def class_losses(self, sums: Tensor, pixels: Tensor) -> Tensor: # `(..., c)`
+    def class_losses(self, sums: Tensor, pixels: Tensor, score: Tensor) -> Tensor: # `(c,)`
         _, predicted, actual = sums
         present = actual > 0
-        score = tversky_score(sums, self.alpha, self.beta, self.smooth, self.eps)
         if self.empty == "penalize":
             mean_probability = safe_divide(predicted, pixels)
             score = torch.where(present, score, 1 - mean_probability)
         loss = -score.clamp_min(self.eps).log() if self.log_loss else 1 - score
         if self.empty == "penalize": return loss
         return torch.where(present, loss, 0)
-
-    def mean_over_classes(self, losses: Tensor, present: Tensor) -> Tensor: # `(...)` of `(..., c)`
-        if self.empty != "exclude": present = torch.ones_like(present)
-        losses, present = self.choose(losses), self.choose(present)
-        return mean_over_classes(losses, present, self.choose(self.class_weights))
 
 # %% ../../nbs/losses/01_region.ipynb #dice
 class DiceLoss(RegionLoss):
@@ -213,8 +252,8 @@ class TverskyLoss(RegionLoss):
                          class_weights, empty=empty, reduction=reduction)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
 
-    def mean_over_classes(self, losses: Tensor, present: Tensor) -> Tensor: # `(...)` of `(..., c)`
-        return _power(super().mean_over_classes(losses, present), self.gamma, self.eps)
+    def aggregate_loss(self, loss: Tensor, present: Tensor | None = None) -> Tensor: # One number
+        return _power(super().aggregate_loss(loss, present), self.gamma, self.eps)
 
 # %% ../../nbs/losses/01_region.ipynb #focal-tversky
 class FocalTverskyLoss(RegionLoss):
@@ -238,8 +277,8 @@ class FocalTverskyLoss(RegionLoss):
                          class_weights, empty=empty, reduction=reduction)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
 
-    def class_losses(self, sums: Tensor, pixels: Tensor) -> Tensor: # `(..., c)`
-        return _power(super().class_losses(sums, pixels), 1/self.gamma, self.eps)
+    def class_losses(self, sums: Tensor, pixels: Tensor, score: Tensor) -> Tensor: # `(c,)`
+        return _power(super().class_losses(sums, pixels, score), 1/self.gamma, self.eps)
 
 # %% ../../nbs/losses/01_region.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

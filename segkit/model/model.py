@@ -8,7 +8,6 @@ __all__ = ['check_images', 'FreezeMixin', 'LoadMixin', 'Assembly', 'PredictMixin
 # %% ../../nbs/model/02_model.ipynb #imports
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..core.geometry import cut_back, pad_to_least, pad_to_multiple
 from ..core.init import initialize_decoder, initialize_head
+from ..core.stored import present_names
 from ..encoders.base import EncoderMixin
 from ..heads.classification import ClassificationHead
 from .config import plain_arguments
@@ -106,8 +106,6 @@ def _parameters_of(encoder, stages):
 class LoadMixin:
     "Loading of weights; put it before `nn.Module`"
     encoder: _Encoder
-    # patterns of names that checkpoints may hold although no computation uses them
-    unused_tensors: Sequence[str] = ()
 
     def load_state_dict(self,
         state_dict: Mapping[str, Tensor], # Tensors by name; not changed
@@ -115,43 +113,11 @@ class LoadMixin:
         assign: bool = False, # Take the tensors themselves in place of copying them
     ):
         "Load weights; a deeper encoder's fit, and `strict=False` also skips tensors of another shape"
-        state, own = dict(self.translate_state_dict(state_dict)), self.state_dict()
-        state = _without_unused(state, own, self.unused_tensors)
-        state = _with_encoder_of_today(state, own, self.encoder)
-        if not strict: _drop_other_shapes(state, own)
+        state = present_names(self, state_dict)
+        if not strict: _drop_other_shapes(state, self.state_dict())
         return super().load_state_dict(state, strict=strict, assign=assign)
 
-    def translate_state_dict(self,
-        state_dict: Mapping[str, Tensor], # Tensors by name, perhaps from an older version
-    ) -> Mapping[str, Tensor]: # Tensors by their present names
-        "Rename the tensors of old checkpoints; architectures with a past override it"
-        return state_dict
-
 # %% ../../nbs/model/02_model.ipynb #load-steps
-def _without_unused(state, own, patterns):
-    "Leave out tensors that the architecture is known to have stored without using them"
-    def unused(name): return name not in own and any(fnmatch(name, p) for p in patterns)
-    return {name: t for name, t in state.items() if not unused(name)}
-
-def _with_encoder_of_today(state, own, encoder):
-    "Give the encoder's tensors their present names; leave out stages that it does not build"
-    strangers = [name for name in state if name.startswith("encoder.") and name not in own]
-    if not strangers: return state
-    not_built = encoder.unused_tensors()
-    for name in strangers:
-        tensor = state.pop(name)
-        name = _name_today(name, own)
-        shape = not_built.get(name.removeprefix("encoder."))
-        if name in own or shape != tuple(tensor.shape): state[name] = tensor
-    return state
-
-def _name_today(name, own):
-    "SMP before 0.4 left out `model.` in the names of encoders that it made of timm models"
-    path = name.removeprefix("encoder.")
-    for spelt in (path, path.replace("stages.", "stages_")):
-        if f"encoder.model.{spelt}" in own: return f"encoder.model.{spelt}"
-    return name
-
 def _drop_other_shapes(state, own):
     "Take out, with a warning, the tensors whose shape is another"
     wrong = [name for name in state if name in own and state[name].shape != own[name].shape]
@@ -224,10 +190,16 @@ class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, PredictMixin, Assembly
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor: # Images `(b, in_channels, H, W)` of a size that encoder and decoder take
         "Check the images, and pad them as the encoder needs"
-        check_images(x, self.encoder.in_channels)
+        self.check_input_shape(x)
         stride = self.encoder.output_stride
         if self.requires_divisible_input_shape: return pad_to_multiple(x, stride)
         return pad_to_least(x, stride)
+
+    def check_input_shape(self,
+        x: Tensor, # Images
+    ) -> None:
+        "Raise `TypeError` or `ValueError` for what this model does not take; any height and width will do"
+        check_images(x, self.encoder.in_channels)
 
     def deepest(self,
         features: Sequence[Tensor], # What the encoder returns
