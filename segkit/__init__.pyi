@@ -30,6 +30,7 @@ from .decoders.upernet import UPerNet as UPerNet
 from .encoders.catalog import list_encoders as list_encoders
 from .learner.learner import segmentation_learner as segmentation_learner
 from .inference.fuse import fuse as fuse
+from .inference.predictor import load_predictor as load_predictor
 from .inspect.profiling import profile as profile
 
 __version__: str

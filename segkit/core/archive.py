@@ -6,16 +6,20 @@
 __all__ = ['Archive', 'unpack', 'download']
 
 # %% ../../nbs/core/08_archive.ipynb #imports
+import bz2
+import gzip
 import hashlib
+import lzma
 import os
+import shutil
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO, NamedTuple
 from urllib.parse import urlparse
-
-from fastprogress.fastprogress import progress_bar
 
 from .cache import build_once, cache_folder
 from .files import fetch
@@ -57,28 +61,116 @@ def _md5(file, length=None):
             while block := f.read(2**20): digest.update(block)
     return digest.hexdigest()
 
+# %% ../../nbs/core/08_archive.ipynb #member
+class _Member(NamedTuple):
+    "One entry of an archive"
+    name: str
+    kind: str  # "file", "folder", or what else it is
+    size: int
+    content: BinaryIO | None
+
+def _place(folder, member):
+    "Where a member goes; `ValueError` for what does not belong into the folder"
+    path = PurePosixPath(member.name)
+    windows = PureWindowsPath(member.name)
+    leads_out = ".." in windows.parts or path.is_absolute() or windows.drive or windows.root
+    if leads_out or "\0" in member.name:
+        raise ValueError(f"the member {member.name!r} lies outside the folder")
+    if member.kind not in ("file", "folder"):
+        raise ValueError(f"the member {member.name!r} is a {member.kind}; "
+                         "expected files and folders alone")
+    return folder/path
+
+# %% ../../nbs/core/08_archive.ipynb #list
+@contextmanager
+def _members(file, limit) -> Iterator[Iterator[_Member]]:
+    "The members of an archive, one after the other"
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive: yield _of_zip(archive)
+        return
+    with open(file, "rb") as start: first = start.read(6)
+    opened = next((f for mark, f in _COMPRESSED.items() if first.startswith(mark)), open)
+    with opened(file, "rb") as stream:
+        with tarfile.open(fileobj=_Bounded(stream, limit), mode="r:") as archive:
+            yield _of_tar(archive)
+
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+# %% ../../nbs/core/08_archive.ipynb #list-kinds
+def _of_zip(archive):
+    "Members of a zip file"
+    for info in archive.infolist():
+        kind = "folder" if info.is_dir() else "file"
+        if (info.external_attr >> 16) & 0o170000 == 0o120000: kind = "link"
+        yield _Member(info.filename, kind, info.file_size, archive.open(info) if kind == "file" else None)
+
+def _of_tar(archive):
+    "Members of a tar file"
+    for info in archive:
+        kind = "folder" if info.isdir() else "file" if info.isfile() else "link"
+        if info.isdev(): kind = "device"
+        yield _Member(info.name, kind, info.size, archive.extractfile(info) if kind == "file" else None)
+
+# %% ../../nbs/core/08_archive.ipynb #bounded
+class _Bounded:
+    "A stream that ends with an error after `limit` bytes"
+    def __init__(self, stream, limit): self.stream, self.left, self.tell = stream, limit, stream.tell
+    def read(self, n):
+        self.left -= n
+        if self.left < 0: raise ValueError("it unpacks to more than is allowed")
+        return self.stream.read(n)
+    def seek(self, to):
+        self.left -= max(0, to - self.tell())
+        if self.left < 0: raise ValueError("it unpacks to more than is allowed")
+        return self.stream.seek(to)
+
 # %% ../../nbs/core/08_archive.ipynb #unpack
 def unpack(
-    file: str | Path, # Archive
-    folder: str | Path, # Where to unpack it
+    file: str | Path, # `.tar`, `.tgz`, `.tar.gz`, `.tar.bz2`, `.tar.xz` or `.zip` file
+    folder: str | Path, # Where to unpack it; made if need be
     progress: bool = True, # Show a progress bar
+    max_bytes: int | None = None, # Most bytes to write; None for 100 times the file's and 100 MB
+    max_files: int = 10**6, # Most members
 ) -> None:
-    "Unpack a `.tar`, `.tgz`, `.tar.gz` or `.zip` file"
-    folder = Path(folder)
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            for member in _shown(archive.infolist(), progress):
-                archive.extract(member, folder)  # drops `..` and leading slashes by itself
-        return
-    with tarfile.open(file) as archive:
-        for member in _shown(archive.getmembers(), progress):
-            where = (folder/member.name).resolve()
-            if not where.is_relative_to(folder.resolve()):
-                raise ValueError(f"{file}: the member {member.name!r} lies outside the folder")
-            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            archive.extract(member, folder, **safe)
+    "Unpack an archive of files and folders; nothing is written outside `folder`"
+    file, folder = Path(file), Path(folder)
+    if not file.is_file(): raise FileNotFoundError(f"there is no archive {str(file)!r}")
+    if max_bytes is None: max_bytes = 100*file.stat().st_size + 10**8
+    try:
+        with _members(file, 2*max_bytes + 10**7) as members:
+            _write_all(_shown(members, progress), folder, max_bytes, max_files)
+    except OSError: raise  # the disk's fault, whose text names the place
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{file} cannot be unpacked: {reason}. It is damaged, or no archive that can "
+                         "be trusted; if you do trust it, unpack it yourself") from error
 
-def _shown(members, progress): return progress_bar(members, leave=False) if progress else members
+def _shown(members, progress):
+    "The members, with a progress bar"
+    from tqdm.auto import tqdm
+    return tqdm(members, unit=" files", leave=False) if progress else members
+
+# %% ../../nbs/core/08_archive.ipynb #unpack-write
+def _write_all(members, folder, max_bytes, max_files):
+    "Write members into a folder, as long as they keep to the limits"
+    written = 0
+    for n, member in enumerate(members):
+        place = _place(folder, member)
+        written += member.size
+        if written > max_bytes: raise ValueError(f"it unpacks to more than {max_bytes:,} bytes")
+        if n >= max_files: raise ValueError(f"it has more than {max_files:,} members")
+        try: _write(member, place)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"the member {member.name!r} occurs twice") from error
+
+def _write(member, place):
+    "Write one member"
+    if member.kind == "folder": return place.mkdir(parents=True, exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with member.content as content, open(place, "xb") as file: shutil.copyfileobj(content, file, 2**20)
+    found = place.stat().st_size
+    if found != member.size:
+        raise ValueError(f"the member {member.name!r} has {found:,} of {member.size:,} bytes")
 
 # %% ../../nbs/core/08_archive.ipynb #download
 def download(
@@ -89,9 +181,8 @@ def download(
 ) -> Path: # Folder with everything unpacked
     "Download, check and unpack once; later calls find the folder"
     cache = cache_folder(cache)
-    if (cache/name).is_dir(): return cache/name
-    files = [_fetched(archive, cache/"archives") for archive in archives]
     def build(part):
+        files = [_fetched(archive, cache/"archives") for archive in archives]
         for file in files: unpack(file, part, progress)
     return build_once(cache/name, build)
 

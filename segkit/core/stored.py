@@ -51,7 +51,7 @@ def translate(
         tensor, spellings = state.pop(prefix + name), [name, *part.spellings(name)]
         present = [p for p in spellings if p in own and p not in names]
         dropped = any(fnmatch(name, pattern) for pattern in part.dropped)
-        idle = any(unused.get(p) == tuple(tensor.shape) for p in spellings)
+        idle = any(unused.get(p) == tuple(getattr(tensor, "shape", ())) for p in spellings)
         if present: state[prefix + present[0]] = tensor
         elif not (dropped or idle): state[prefix + name] = tensor
 

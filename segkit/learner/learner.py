@@ -9,7 +9,6 @@ __all__ = ['LEARNER_ARGUMENTS', 'SegmentationLearner', 'default_loss', 'segmenta
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ..core.files import is_weights_file
 from ..core.registry import architectures, check_keywords, did_you_mean
 from ..core.task import MULTICLASS_MODE, Task
 from ..data.display import show_predictions
-from ..data.shims import quiet_import, quietly
+from ..data.shims import quiet_import
 from ..data.statistics import data_statistics
 from ..data.targets import Targets, check_items, read_targets
 from ..encoders.preprocessing import get_preprocessing_params, unit_statistics
@@ -35,7 +34,8 @@ from .callbacks import (
     RECORDED, CheckOptimizer, CheckTargets, FreezeBatchNorm, GuardMixing)
 from .distributed import several_processes
 from .metrics import default_metrics
-from .splitter import CheckedSplitter, has_encoder, segmentation_splitter, unwrap
+from .saving import SavingMixin
+from .splitter import CheckedSplitter, has_encoder, segmentation_splitter
 from ..losses.distribution import SoftBCEWithLogitsLoss
 from ..losses.multitask import MultiTaskLoss, SumLoss
 from ..losses.region import DiceLoss
@@ -52,7 +52,7 @@ with quiet_import():
     from fastai.vision.augment import RandTransform
 
 # %% ../../nbs/learner/03_learner.ipynb #learner
-class SegmentationLearner(Learner):
+class SegmentationLearner(SavingMixin, Learner):
     "A `Learner` whose model gives a mask, or a mask and an image label"
     def __init__(self,
         dls: DataLoaders, # Batches (image, mask) or (image, mask, label)
@@ -507,33 +507,6 @@ def distrib_ctx(self: SegmentationLearner,
 ) -> AbstractContextManager: # Context with the learner
     "A context in which `fit` trains in all processes that were launched, be it one"
     return several_processes(self, sync_bn, **kwargs)
-
-# %% ../../nbs/learner/03_learner.ipynb #save
-@patch
-def save(self: SegmentationLearner,
-    file: str | Path, # Name without folder and ending
-    **kwargs: Any, # Arguments of fastai's `save_model`
-) -> Path: # File that was written
-    "Save the model's own weights, also if it was compiled, and the optimiser's state"
-    with _holding(self, unwrap(self.model)): return Learner.save(self, file, **kwargs)
-
-@patch
-def load(self: SegmentationLearner,
-    file: str | Path, # Name without folder and ending
-    **kwargs: Any, # Arguments of fastai's `load_model`
-) -> SegmentationLearner: # The learner itself
-    "Load weights, also into a compiled model"
-    if self.opt is None: self.create_opt()
-    with _holding(self, unwrap(self.model)):
-        hook = self.model.register_load_state_dict_pre_hook(_take_off_prefix)
-        try:
-            with quietly("numpy.core"): return Learner.load(self, file, **kwargs)
-        finally: hook.remove()
-
-def _take_off_prefix(module, state, *args):
-    "Take the compiler's `_orig_mod.` off all names"
-    for name in list(state):
-        if name.startswith("_orig_mod."): state[name.removeprefix("_orig_mod.")] = state.pop(name)
 
 # %% ../../nbs/learner/03_learner.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

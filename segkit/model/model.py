@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..core.geometry import cut_back, pad_to_least, pad_to_multiple
 from ..core.init import initialize_decoder, initialize_head
 from ..core.stored import present_names
+from ..core.names import few, unwrapped
 from ..encoders.base import EncoderMixin
 from ..heads.classification import ClassificationHead
 from .config import plain_arguments
@@ -105,26 +106,77 @@ def _parameters_of(encoder, stages):
 # %% ../../nbs/model/02_model.ipynb #load
 class LoadMixin:
     "Loading of weights; put it before `nn.Module`"
-    encoder: _Encoder
+    def own_names(self,
+        state_dict: Mapping[str, Tensor], # Tensors by name, of any age; not changed
+    ) -> dict[str, Tensor]: # Tensors by the names of this model
+        "Take off what a wrapper put before the names, and give old ones their present names"
+        parts = {name.split(".")[0] for name in self.state_dict()}
+        return present_names(self, unwrapped(state_dict, parts))
 
     def load_state_dict(self,
         state_dict: Mapping[str, Tensor], # Tensors by name; not changed
         strict: bool = True, # Whether every tensor must find its place
         assign: bool = False, # Take the tensors themselves in place of copying them
     ):
-        "Load weights; a deeper encoder's fit, and `strict=False` also skips tensors of another shape"
-        state = present_names(self, state_dict)
-        if not strict: _drop_other_shapes(state, self.state_dict())
-        return super().load_state_dict(state, strict=strict, assign=assign)
+        "Load weights; `strict=False` also skips tensors of another shape. What fails changes nothing"
+        state, own = self.own_names(state_dict), self.state_dict()
+        if not strict: _drop_other_shapes(state, own)
+        before = None if _fits(state, own) else _kept(own, assign)
+        try: found = super().load_state_dict(state, strict=False, assign=assign)
+        except RuntimeError as error: problems = _first_lines(error)
+        else: problems = _problems(found, state, own, strict)
+        if not problems: return found
+        if before: super().load_state_dict(before, strict=False, assign=assign)
+        raise RuntimeError(f"these weights do not fit this {type(self).__name__}:\n\t"
+                           + "\n\t".join(problems))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        "As part of another module: PyTorch calls it before it looks at the names"
+        given = [name for name in state_dict if name.startswith(prefix)]
+        part = {name.removeprefix(prefix): state_dict.pop(name) for name in given}
+        state_dict.update({prefix + name: t for name, t in self.own_names(part).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../../nbs/model/02_model.ipynb #load-steps
+def _fits(state, own):
+    "Whether all names and shapes are the model's own"
+    return {n: _shape(t) for n, t in state.items()} == {n: _shape(t) for n, t in own.items()}
+
+def _shape(tensor): return tuple(getattr(tensor, "shape", ()))
+
+def _kept(own, assign):
+    "The weights as they are; under `assign` nobody writes into them"
+    return own if assign else {name: t.clone() for name, t in own.items()}
+
 def _drop_other_shapes(state, own):
     "Take out, with a warning, the tensors whose shape is another"
-    wrong = [name for name in state if name in own and state[name].shape != own[name].shape]
+    wrong = [name for name in state if name in own and _shape(state[name]) != _shape(own[name])]
     if not wrong: return
-    lines = [f"  {name}: {tuple(state.pop(name).shape)} given, {tuple(own[name].shape)} expected"
-             for name in wrong]
-    warnings.warn("Mismatched keys, left as they were:\n" + "\n".join(lines), stacklevel=3)
+    lines = [f"{name}: {_shape(state.pop(name))} given, {_shape(own[name])} expected" for name in wrong]
+    warnings.warn(f"Mismatched keys, left as they were: {few(lines)}", stacklevel=3)
+
+# %% ../../nbs/model/02_model.ipynb #load-problems
+def _problems(found, state, own, strict):
+    "What is wrong after a load, a line each; at most a few names in a line"
+    if own and not own.keys() & state.keys():
+        return [f"none of the {len(state)} tensors given is one of its {len(own)}. "
+                f"Given: {few(state)}; expected: {few(own)}" + _hint(state)]
+    if not strict: return []
+    problems = []
+    if found.missing_keys: problems.append(f"Missing key(s): {few(found.missing_keys)}")
+    if found.unexpected_keys: problems.append(f"Unexpected key(s): {few(found.unexpected_keys)}")
+    return problems
+
+def _hint(state):
+    "Where a whole checkpoint was given, the key that its weights lie under"
+    inner = [name for name, value in state.items() if isinstance(value, Mapping)]
+    return f". The weights may lie under one of the keys {few(map(repr, inner))}" if inner else ""
+
+def _first_lines(error, n=3):
+    "PyTorch's list of what is wrong, without its head and cut short"
+    lines = str(error).split("\n\t")[1:] or [str(error)]
+    more = [f"and {len(lines) - n} more"] if len(lines) > n else []
+    return [line[:300] for line in lines[:n]] + more
 
 # %% ../../nbs/model/02_model.ipynb #parts
 class Assembly(nn.Module):
