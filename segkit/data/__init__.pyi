@@ -2,8 +2,10 @@ from . import blocks as blocks
 from . import brain as brain
 from . import camvid as camvid
 from . import loaders as loaders
+from . import outlines as outlines
 from . import pets as pets
 from . import display as display
+from . import reading as reading
 from . import presence as presence
 from . import shims as shims
 from . import shapes as shapes
@@ -22,9 +24,16 @@ from .camvid import camvid_dataloaders as camvid_dataloaders
 from .display import show_masks as show_masks
 from .display import show_predictions as show_predictions
 from .loaders import MaskDataLoaders as MaskDataLoaders
+from .outlines import mask_of_outlines as mask_of_outlines
+from .outlines import mask_of_runs as mask_of_runs
+from .outlines import runs_of_mask as runs_of_mask
 from .pets import pets_dataloaders as pets_dataloaders
 from .presence import LabelFromMask as LabelFromMask
 from .presence import present_classes as present_classes
+from .reading import MaskReader as MaskReader
+from .reading import read_colours as read_colours
+from .reading import read_mask as read_mask
+from .reading import read_picture as read_picture
 from .shapes import shapes_dataloaders as shapes_dataloaders
 from .statistics import Statistics as Statistics
 from .statistics import data_statistics as data_statistics
