@@ -129,17 +129,17 @@ def show_predictions(
     probs: Any = None, # Probabilities of a batch: of the mask, or the tuple (mask, label)
     losses: Tensor | None = None, # Loss of each picture
     max_n: int = 4, # Pictures to show
-    size: float = 2.2, # Height of a picture in inches
+    size: float = 2.2, # Height of a picture in inches; less if the row would not fit the page
 ) -> plt.Figure: # One row for each sample: picture, true mask, predicted mask
     "Predictions beside the truth; the label stands above the picture"
     samples, outs = list(samples)[:max_n], list(outs)[:max_n]
     names, n = _classes(samples, task)
-    h, w = as_picture(samples[0][0]).shape[:2]
-    titles = _titles(samples, outs, probs, size*w/h)
+    size, width = _on_the_page(samples[0][0], size, 3)
+    titles = _titles(samples, outs, probs, width)
     heights = [size + _room(text) for text, _ in titles]
     fig, axes = plt.subplots(
         len(samples), 3, squeeze=False, layout="constrained",
-        figsize=(3*size*w/h, sum(heights) + .3), height_ratios=heights)
+        figsize=(3*width, sum(heights) + .3), height_ratios=heights)
     for i, (row, sample, out) in enumerate(zip(axes, samples, outs)):
         _show_row(row, sample, out, n)
         text, color = titles[i]
@@ -152,6 +152,14 @@ def show_predictions(
     return fig
 
 # %% ../../nbs/data/00b_display.ipynb #show-parts
+_PAGE = 12 # Inches that a figure may be wide
+
+def _on_the_page(picture, size, columns):
+    "Height of a picture, and width of its field, so that a row fits the page"
+    h, w = as_picture(picture).shape[:2]
+    width = min(max(size*w/h, 1.2), _PAGE/columns)
+    return min(size, width*h/w), width
+
 def _titles(samples, outs, probs, inches):
     "Text and colour above each picture; no text without a label"
     of_label = probs[1] if isinstance(probs, (tuple, list)) else [None]*len(samples)
@@ -183,11 +191,12 @@ def show_masks(
     names, n = _classes(samples)
     labels = [_names(sample[2]) if len(sample) > 2 else "" for sample in samples]
     if ctxs is None:
+        rows, columns = _grid(len(samples), nrows, ncols)
         h, w = as_picture(samples[0][0]).shape[:2]
-        height = 2.6*min(1, h/w)
-        labels = [_wrapped(label, height*w/h) for label in labels]
-        ctxs = _fields(len(samples), nrows, ncols, figsize, height*w/h,
-                       height + max(map(_room, labels)))
+        height, width = _on_the_page(samples[0][0], 2.6*min(1, h/w), columns)
+        labels = [_wrapped(label, width) for label in labels]
+        room = height + max(map(_room, labels))
+        ctxs = _fields(len(samples), rows, columns, figsize, width, room)
         _legend(ctxs[0].figure, names, n, samples)
     for ax, (image, mask, *_), label in zip(ctxs, samples, labels):
         ax.imshow(painted(as_picture(image), mask, n))
@@ -195,10 +204,13 @@ def show_masks(
         if label: ax.set_title(label, fontsize=9)
     return list(ctxs)
 
-def _fields(n, nrows, ncols, figsize, width, height):
-    "Axes of a new figure, one a picture, each of this width and height in inches"
+def _grid(n, nrows, ncols):
+    "Rows and columns for `n` pictures"
     rows = nrows or (-(-n//ncols) if ncols else int(np.sqrt(n)))
-    columns = ncols or -(-n//rows)
+    return rows, ncols or -(-n//rows)
+
+def _fields(n, rows, columns, figsize, width, height):
+    "Axes of a new figure, one a picture, each of this width and height in inches"
     fig, axes = plt.subplots(
         rows, columns, squeeze=False, layout="constrained",
         figsize=figsize or (columns*width, rows*height + .3))

@@ -8,17 +8,19 @@ __all__ = ['FromColumn', 'FromColumns', 'MaskInFolder', 'read_codes', 'by_split'
 # %% ../../nbs/data/05_loaders.ipynb #imports
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from torch import Tensor
 
-from ..core.registry import check_keywords, did_you_mean
+from ..core.registry import check_choice, check_keywords, did_you_mean
 from .blocks import SegmentationBlocks
-from .reading import Among, with_mask
+from .headers import check_files
+from .report import DataReport, data_report
 from .shims import quiet_import
+from .targets import spread_over
 
 with quiet_import():
     from fastai.data.block import DataBlock
@@ -105,18 +107,49 @@ def _check_places(files, get_mask):
             raise ValueError(f"{other} and {file} differ in their endings alone, "
                              "so they have the same mask; keep one of them")
 
-# %% ../../nbs/data/05_loaders.ipynb #check
-def _check_files(what, sources):
-    "Raise `FileNotFoundError` if some of the files are not there; only paths are looked at"
-    missing = []
-    for source in sources:
-        parts = source if isinstance(source, (list, tuple)) else [source]
-        files = [part for part in parts if isinstance(part, (str, Path))]
-        missing += [str(file) for file in files if not Path(file).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(sources)} {what}s are not there, "
-                                f"such as {', '.join(missing[:3])}")
+# %% ../../nbs/data/05_loaders.ipynb #sources
+def _sources(items, get):
+    "The file, or files, of each item; None where the function gives the picture itself"
+    if get is None: return [_files_only(item) for item in items]
+    tried = [_files_only(get(items[i])) for i in spread_over(len(items), 3)]
+    if all(source is None for source in tried): return [None]*len(items)
+    return [_files_only(get(item)) for item in items]
 
+def _files_only(source):
+    "The source, if it is a file or several files"
+    if source is None: return "None"  # no file at all
+    if isinstance(source, Mapping): source = list(source.values())
+    parts = source if isinstance(source, (list, tuple)) and source else [source]
+    return source if all(isinstance(part, (str, Path)) for part in parts) else None
+
+def _without_file(sources):
+    "Places of the items of whose files one is not there, and that file: place -> file"
+    missing = {}
+    for i, source in enumerate(sources):
+        for part in source if isinstance(source, (list, tuple)) else [source]:
+            if part is not None and not Path(part).is_file(): missing.setdefault(i, str(part))
+    return missing
+
+# %% ../../nbs/data/05_loaders.ipynb #check
+def _complete(items, get_image, get_mask, missing):
+    "Places of the items that have their files, and the masks that are not there"
+    check_choice("missing", missing, ("error", "skip"))
+    if len(items) == 0: raise ValueError("no pictures were found")
+    lost = _without_file(_sources(items, get_image))
+    if lost: raise FileNotFoundError(_not_there("picture", lost, len(items)))
+    lost = _without_file(_sources(items, get_mask))
+    if lost and missing == "error":
+        raise FileNotFoundError(_not_there("mask", lost, len(items)) +
+                                "; `missing=\"skip\"` leaves those items out")
+    if len(lost) == len(items): raise FileNotFoundError(_not_there("mask", lost, len(items)))
+    return [i for i in range(len(items)) if i not in lost], list(lost.values())
+
+def _not_there(what, lost, total):
+    "The text of an error"
+    return (f"{len(lost)} of {total} {what}s are not there, "
+            f"such as {', '.join(list(lost.values())[:3])}")
+
+# %% ../../nbs/data/05_loaders.ipynb #occurring
 def _occurring(labels):
     "The names that occur, in order, and whether an item may have several"
     lists = [label if isinstance(label, (list, tuple)) else [label] for label in labels]
@@ -161,14 +194,24 @@ def _targets(codes, items, get_mask, get_label, labels, options):
 
 # %% ../../nbs/data/05_loaders.ipynb #batches
 def _with_batches(dls):
-    "Raise where a set is empty or gives no batch"
+    "Raise where a set gives no batch"
     for name, dl in zip(("train", "valid"), dls.loaders):
         n = len(dl.dataset)
-        if n == 0: raise ValueError(f"the {name} set has no pictures")
-        if len(dl) == 0:
+        if n and len(dl) == 0:
             raise ValueError(f"the {name} set has {n} pictures, less than one batch of {dl.bs}: "
                              "give a smaller `bs`, or `drop_last=False`")
     return dls
+
+def _splits(splitter, items, kept, needs_valid):
+    "A splitter for the items that are kept; without a validation set that one is empty"
+    place = {old: new for new, old in enumerate(kept)}
+    sets = [[place[i] for i in map(int, part) if i in place] for part in splitter(items)]
+    if len(sets) == 1: sets.append([])
+    if not sets[0]: raise ValueError(f"the train set has no pictures, of {len(kept)}")
+    if needs_valid and not sets[1]:
+        raise ValueError(f"the valid set has no pictures, of {len(kept)}; "
+                         "`valid_pct=0` trains without one")
+    return lambda _: sets
 
 _LOADER_ARGUMENTS = (
     "bs", "val_bs", "num_workers", "shuffle", "val_shuffle", "drop_last", "device", "n",
@@ -250,28 +293,39 @@ class MaskDataLoaders(DataLoaders):
         min_share: float = 0., # With "present", the smallest share of pixels that counts
         nodata: float | Sequence[float] | None = None, # Values of a picture that make pixels void
         scale: float | None = None, # Divides pictures that are not bytes; bytes then by 255
-        missing: str = "error", # "skip" leaves out the pictures whose masks are not there
+        missing: Literal["error", "skip"] = "error", # What to do where a mask's file is not there
+        check: bool = True, # Read the headers of all files, and raise where something is wrong
         **kwargs: Any, # Arguments of fastai's loaders, such as `bs`, `num_workers`, `device`
     ) -> "MaskDataLoaders": # Batches (picture, mask), or (picture, mask, label)
         "Loaders from items and functions"
         check_keywords(cls.__name__, kwargs, _LOADER_ARGUMENTS)
         table = isinstance(items, pd.DataFrame)
         each = [items.iloc[i] for i in range(len(items))] if table else list(items)
-        if len(each) < 2:
-            raise ValueError(f"{len(each)} pictures were found; "
-                             "at least 2 are needed, one to train on and one to validate")
-        _check_files("picture", [get_image(item) for item in each] if get_image else each)
-        kept = with_mask([get_mask(item) for item in each], missing)
+        kept, lost = _complete(each, get_image, get_mask, missing)
+        chosen = splitter or RandomSplitter(valid_pct, seed=seed)
+        splits = _splits(chosen, items, kept, needs_valid=splitter is None and valid_pct > 0)
+        if lost:
+            each = [each[i] for i in kept]
+            items = items.iloc[kept] if table else each
         options = dict(in_channels=in_channels, bands=bands, values=values, void=void,
                        overlapping=overlapping, min_share=min_share, nodata=nodata, scale=scale)
         labelled = [each[i] for i in kept]
         blocks, get_y = _targets(codes, labelled, get_mask, get_label, labels, options)
         if img_cls is not None: blocks = (ImageBlock(img_cls), *blocks[1:])
-        block = DataBlock(
-            blocks, n_inp=1, get_x=get_image, get_y=get_y,
-            splitter=Among(kept, splitter or RandomSplitter(valid_pct, seed=seed)),
-            item_tfms=item_tfms, batch_tfms=batch_tfms)
-        return _with_batches(cls.from_dblock(block, items, path=path, **{"bs": 64, **kwargs}))
+        block = DataBlock(blocks, n_inp=1, get_x=get_image, get_y=get_y, splitter=splits,
+                          item_tfms=item_tfms, batch_tfms=batch_tfms)
+        made = cls.from_dblock(block, items, path=path, **{"bs": 64, **kwargs})
+        dls = cls(*made.loaders, path=made.path, device=made.device)  # fastai makes a plain one
+        if check: check_files(dls, in_channels, one_depth=img_cls is None)
+        dls.left_out = lost
+        return _with_batches(dls)
+
+    def report(self,
+        n: int | None = 200, # Pictures of each set whose pixels are read; all of them if None
+        progress: bool = True, # Show a progress bar where it takes long
+    ) -> DataReport: # Table, doubts and figure
+        "What the data are like, and what is doubtful about them"
+        return data_report(self, n, progress)
 
     @classmethod
     def from_label_func(cls,
@@ -340,7 +394,11 @@ class MaskDataLoaders(DataLoaders):
             get_label = FromColumns(label_cols)
             labels = label_cols if labels is None else labels
         if valid_col is not None:
-            kwargs = {"splitter": IndexSplitter(_where_true(df, valid_col)), **kwargs}
+            held_out = _where_true(df, valid_col)
+            if not held_out:
+                raise ValueError(f"the valid set has no pictures: {valid_col!r} is true in no row; "
+                                 "leave it out and give `valid_pct=0` to train without one")
+            kwargs = {"splitter": IndexSplitter(held_out), **kwargs}
         return cls.from_items(
             df, FromColumn(image_col, path), FromColumn(mask_col, path),
             read_codes(path) if codes is None else codes, get_label, labels, path=path, **kwargs)

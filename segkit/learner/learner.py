@@ -7,12 +7,15 @@ __all__ = ['LEARNER_ARGUMENTS', 'SegmentationLearner', 'default_loss', 'segmenta
 
 # %% ../../nbs/learner/03_learner.ipynb #imports
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
+from fastcore.foundation import L
 from fastcore.xtras import ContextManagers
 from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
@@ -24,9 +27,12 @@ from ..core.files import is_weights_file
 from ..core.registry import architectures, check_keywords, did_you_mean
 from ..core.task import MULTICLASS_MODE, Task
 from ..data.display import show_predictions
+from ..data.headers import check_files, picture_size, read_header
+from ..data.saving import mask_places, save_mask
 from ..data.shims import quiet_import
 from ..data.statistics import data_statistics
-from ..data.targets import Targets, check_items, read_targets
+from ..data.targets import Targets, check_items, find_attribute, read_targets
+from ..data.whole import expected_size, resized, uncropped
 from ..encoders.preprocessing import get_preprocessing_params, unit_statistics
 from ..inference.tiles import tiled
 from ..inference.views import View, ViewsModel
@@ -74,17 +80,84 @@ def predict(self: SegmentationLearner,
     rm_type_tfms: int | None = None, # Type transforms to leave out, as in fastai
     with_input: bool = False, # Give the decoded picture first
 ) -> tuple: # Decoded, classes, probabilities; each a tuple (mask, label) for two outputs
-    "Predict one item, without the batch's dimension in any output"
-    dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
-    inputs, probs, _, classes = self.get_preds(dl=dl, with_input=True, with_decoded=True)
-    pair = isinstance(classes, (tuple, list))
+    "Predict one item, all of its picture, in the picture's own size `(h, w)`"
+    answer, cut = _predicted(self, item, rm_type_tfms, with_input)
+    if cut: warnings.warn(f"{cut}; the mask has the size that the network saw", stacklevel=2)
+    return answer
+
+def _predicted(learn, item, rm_type_tfms=None, with_input=False):
+    "The answer of `predict`, and what may have cut the picture, in words"
+    item = _as_item(learn.dls, item)
+    dl = learn.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
+    dl, seen = uncropped(dl)
+    inputs, probs, _ = learn.get_preds(dl=dl, with_input=True)
+    own, cut = _own_size(dl, seen.picture, inputs)
+    pair = isinstance(probs, (tuple, list))
+    if own and pair: probs = (resized(probs[0], own), *probs[1:])
+    elif own: probs = resized(probs, own)
+    classes = getattr(learn.loss_func, "decodes", noop)(probs)
     batch = (inputs, *classes) if pair else (inputs, classes)
-    picture, *decoded = self.dls.decode_batch(batch)[0]
+    picture, *decoded = learn.dls.decode_batch(batch)[0]
     if pair: result = (tuple(decoded), _first(classes), _first(probs))
     else: result = (decoded[0], classes[0], probs[0])
-    return (picture, *result) if with_input else result
+    return (_as_read(picture, seen.picture, own), *result) if with_input else result, cut
 
+# %% ../../nbs/learner/03_learner.ipynb #predict-parts
 def _first(outputs): return tuple(output[0] for output in outputs)
+
+def _own_size(dl, picture, inputs):
+    "Height and width of the picture, if all of it was seen; else what may have cut it"
+    own, saw = picture_size(picture), tuple(inputs.shape[-2:])
+    if own is None: return None, ""
+    expected = expected_size(dl, own)
+    if expected in (None, saw): return own, ""
+    names = [type(t).__name__ for t in dl.after_item.fs if type(t).__module__[:6] != "fastai"]
+    return None, (f"a picture of height and width {own} came to the network as {saw}, where "
+                  f"{expected} was expected: a transform of yours changes sizes (one of "
+                  f"{', '.join(names)}). If it keeps all of the picture, "
+                  "give it the attribute `whole = True`")
+
+def _as_read(decoded, picture, own):
+    "The picture as it was read, in the form of a decoded one"
+    if own in (None, tuple(decoded.shape[-2:])): return decoded
+    return ToTensor()(picture).to(decoded.dtype).as_subclass(type(decoded))
+
+def _as_item(dls, item):
+    "A string is a path, where the items of the data are paths"
+    if not isinstance(item, str): return item
+    lists = getattr(dls.train.dataset, "tls", [])[:1]
+    kinds = L(t if isinstance(t, (tuple, list)) else [t] for tl in lists for t in tl.types).concat()
+    takes_paths = any(isinstance(kind, type) and issubclass(kind, Path) for kind in kinds)
+    return Path(item) if takes_paths and str not in kinds else item
+
+# %% ../../nbs/learner/03_learner.ipynb #preds
+@patch
+def get_preds(self: SegmentationLearner,
+    ds_idx: int = 1, # Which loader, if `dl` is None: 0 training, 1 validation
+    dl: Any = None, # Loader to predict
+    with_input: bool = False, # Give the pictures first
+    with_decoded: bool = False, # Give the decisions behind the targets
+    with_loss: bool = False, # Give the loss of each item last
+    act: Callable | None = None, # From logits to probabilities; None for what the loss says
+    **kwargs: Any, # Further arguments of fastai's `get_preds`
+) -> tuple: # Probabilities and targets; lists where the pictures differ in size
+    "fastai's, also for pictures of different sizes"
+    found = list(Learner.get_preds(self, ds_idx, dl, with_input, False, with_loss, noop, **kwargs))
+    place = 1 if with_input else 0
+    if found[place] is None: return tuple(found)
+    act = act or getattr(self.loss_func, "activation", noop)
+    found[place] = _for_each(act, found[place])
+    decodes = getattr(self.loss_func, "decodes", noop)
+    if with_decoded: found.insert(place + 2, _for_each(decodes, found[place]))
+    return tuple(found)
+
+def _for_each(function, preds):
+    "A function of a batch, applied to predictions of different sizes one by one"
+    if isinstance(preds, L): return L(function(p[None])[0] for p in preds)
+    pair = isinstance(preds, (tuple, list))
+    if not pair or not any(isinstance(part, L) for part in preds): return function(preds)
+    each = [function(tuple(part[i][None] for part in preds)) for i in range(len(preds[0]))]
+    return L(mask[0] for mask, _ in each), torch.cat([label for _, label in each])
 
 # %% ../../nbs/learner/03_learner.ipynb #show-results
 @patch
@@ -178,7 +251,8 @@ def _checked_targets(
     ignore_index: int | None, # Mask value of void pixels; looked for in the data if None
     check: int | None, # Items of each set to look at; None for all, 0 for none
 ) -> Targets: # What there is to learn
-    "Read the targets, and look at some items"
+    "Read the targets; look at the headers of all files, and at some items"
+    if check != 0: check_files(dls)
     try: targets = read_targets(dls, classes, ignore_index)
     except RuntimeError:  # no batch can be made
         check_items(dls, None, check or 32)
@@ -403,6 +477,64 @@ def _learner(dls, model, targets, loss_func, metrics, splitter, **kwargs):
     learn.create_opt()
     return learn
 
+# %% ../../nbs/learner/03_learner.ipynb #new-data
+@patch(as_prop=True)
+def dls(self: SegmentationLearner) -> DataLoaders: # What it trains and validates on
+    "The data; new ones are checked, and normalised as the old ones were"
+    if "dls" not in vars(self): raise AttributeError("dls")
+    return vars(self)["dls"]
+
+@patch(set_prop=True)
+def dls(self: SegmentationLearner, dls: DataLoaders):
+    if "dls" in vars(self) and _unknown(self, dls):
+        dls = _fitting(self, dls)
+        for cb in self.cbs:
+            if isinstance(cb, CheckTargets): cb.done = cb.trained = False
+    vars(self)["dls"] = dls
+    if isinstance(dls, DataLoaders): dls.fits = self.task  # `export` puts them back
+
+def _unknown(learn, dls):
+    "Whether data are to be looked at: those that fitted before, and empty ones, are not"
+    if not isinstance(dls, DataLoaders) or len(dls.train_ds) == 0: return False
+    return vars(dls).get("fits") != learn.task or not _same_normalizers(learn.dls, dls)
+
+# %% ../../nbs/learner/03_learner.ipynb #fitting
+def _fitting(learn, dls):
+    "New data, checked and normalised for what the learner has learned"
+    check_files(dls)
+    codes = find_attribute(dls, "codes")
+    found = read_targets(dls, learn.task.classes if codes is None else None)
+    if differs := _differences(learn.task, found):
+        raise ValueError("these data do not fit the learner: " + "; ".join(differs) +
+                         ". For other classes or labels, build a new learner with them")
+    check_items(dls, learn.task)
+    if _same_normalizers(learn.dls, dls): return dls
+    ours = _normalizers(learn.dls)
+    if len(ours) == 1:
+        return _use_statistics(dls, ours[0].mean.flatten().tolist(), ours[0].std.flatten().tolist())
+    raise ValueError(f"the learner's data are normalised {len(ours)} times, the new data "
+                     f"{len(_normalizers(dls))} times: build them with the same `Normalize`")
+
+# %% ../../nbs/learner/03_learner.ipynb #new-data-parts
+def _same_normalizers(a, b):
+    a, b = _normalizers(a), _normalizers(b)
+    return len(a) == len(b) and all(map(_same_statistics, a, b))
+
+_COMPARED = {
+    "classes": "number of classes", "codes": "classes", "mask": "kind of mask",
+    "label": "kind of label", "vocab": "labels", "in_channels": "channels of the pictures",
+    "ignore_index": "void value"}
+
+def _differences(task, found):
+    "In what the data differ from what a learner has learned, in words"
+    differs = []
+    for name, what in _COMPARED.items():
+        ours, theirs = getattr(task, name), getattr(found, name)
+        unsaid = name == "codes" and None in (ours, theirs)
+        if ours == theirs or unsaid or name == "ignore_index" and theirs is None: continue
+        differs.append(f"{what}: the learner has {ours}, the data {theirs}")
+    return differs
+
 # %% ../../nbs/learner/03_learner.ipynb #views
 def _seen_as(learn, views, use_max=False):
     "A context in which the model looks at every picture in several ways; in one if None"
@@ -498,6 +630,36 @@ def predict_tiled(self: SegmentationLearner,
     return (mask, torch.cat(probs, -2)) if with_probs else mask
 
 def _progress(rows): return progress_bar(rows, leave=False)
+
+# %% ../../nbs/learner/03_learner.ipynb #folder
+@patch
+def predict_folder(self: SegmentationLearner,
+    files: str | Path | Sequence[str | Path], # Folder of pictures, or some files
+    out: str | Path, # Folder for the masks
+    tile: int | tuple[int, int] | None = None, # Tiles for `predict_tiled`; None for whole pictures
+    colors: Any = None, # Colours of the values, uint8 `(n, 3)`; None for those of the figures
+    existing: Literal["error", "skip", "replace"] = "error", # What to do about masks that are there
+    **kwargs: Any, # Arguments of `predict_tiled`, with `tile`
+) -> list[Path]: # Files of the masks, in the order of the pictures
+    "Save the predicted masks of pictures as PNG, each in the size of its picture"
+    if self.task.mask == "multilabel":
+        raise ValueError("classes that overlap do not fit into one PNG a picture: "
+                         "save the classes of `learn.predict(file)[1]` one by one, by `save_mask`")
+    places = mask_places(files, out, existing)
+    for file in places: read_header(file)  # a file that is damaged is found now
+    progress = _progress if hasattr(self, "progress") else iter
+    with self.no_bar(), self.no_logging():
+        for file in progress(list(places)):
+            save_mask(_mask_of(self, file, tile, kwargs), places[file], colors)
+    return list(places.values())
+
+def _mask_of(learn, file, tile, kwargs):
+    "The predicted mask of a file `(h, w)`"
+    if tile is not None: return learn.predict_tiled(file, tile, **kwargs)
+    (_, classes, _), cut = _predicted(learn, file)
+    if cut: raise ValueError(f"{file}: {cut}; or give `tile=`")
+    mask = classes[0] if isinstance(classes, (tuple, list)) else classes
+    return mask.cpu()
 
 # %% ../../nbs/learner/03_learner.ipynb #processes
 @patch
