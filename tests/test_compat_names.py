@@ -115,7 +115,7 @@ BY_NAME = "built by name, with get_encoder; its class takes what segkit's table 
 SIGNATURES = {  # name of SMP -> why its arguments differ
     **dict.fromkeys(["DPNEncoder", "VGGEncoder", "SENetEncoder", "DenseNetEncoder", "InceptionResNetV2Encoder", "InceptionV4Encoder",
                      "EfficientNetEncoder", "EfficientNetBaseEncoder", "EfficientNetLiteEncoder", "MobileNetV2Encoder",
-                     "XceptionEncoder", "SkNetEncoder", "MixVisionTransformerEncoder", "MobileOne"], BY_NAME),
+                     "XceptionEncoder", "SkNetEncoder", "MixVisionTransformerEncoder", "MobileOne", "MobileOneBlock"], BY_NAME),
     "SMPHubMixin": "huggingface_hub's mixin has arguments of its own; segkit's models are not built on it",
 }
 DEFAULTS = {  # argument -> why its default differs

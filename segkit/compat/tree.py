@@ -180,7 +180,7 @@ compat.encoders: SkNetEncoder timm_sknet_encoders
 [encoders.mix_transformer]
 compat.encoders: MixVisionTransformerEncoder mix_transformer_encoders
 [encoders.mobileone]
-compat.encoders: MobileOne reparameterize_model mobileone_encoders
+compat.encoders: MobileOne MobileOneBlock reparameterize_model mobileone_encoders
 """
 
 # %% ../../nbs/compat/00_tree.ipynb #table-losses
@@ -269,7 +269,7 @@ MISSING = {  # module or name of SMP -> where to look
 _PARTS = {  # module of SMP -> parts that segkit builds in another way
     "encoders.mix_transformer": "LayerNorm Mlp Attention Block OverlapPatchEmbed DWConv "
                                 "MixVisionTransformer",
-    "encoders.mobileone": "SEBlock MobileOneBlock",
+    "encoders.mobileone": "SEBlock",
     "encoders.efficientnet": "EfficientNet get_model_params",
     "encoders.timm_efficientnet": "get_efficientnet_kwargs "
                                   "gen_efficientnet_lite_kwargs prepare_settings",
