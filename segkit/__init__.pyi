@@ -1,4 +1,5 @@
 from . import base as base
+from . import compat as compat
 from . import core as core
 from . import data as data
 from . import decoders as decoders
