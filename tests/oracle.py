@@ -2,13 +2,13 @@
 import copy
 import pickle
 import warnings
+from functools import partial
+from unittest import mock
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from segkit.encoders import get_encoder
-from segkit.encoders.timm_models import no_fill
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -113,17 +113,9 @@ def survives(cls, **arguments):
 
 # encoders
 
-class _NumbersOnCPU(TorchFunctionMode):
-    "SMP's transformers ask a tensor for its numbers while they are built"
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.linspace: kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
-
-
 def on_meta(build, *args, **kwargs):
     "Build where weights have a shape and no values: drawing them costs more than the tests"
-    with torch.device("meta"), _NumbersOnCPU(), no_fill(), warnings.catch_warnings():
+    with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return build(*args, **kwargs)
 
@@ -148,7 +140,10 @@ def with_tensors(state, build, *args, **kwargs):
     return model.eval()
 
 
-def smp_encoder(name, **arguments): return smp.encoders.get_encoder(name, weights=None, **arguments)
+def smp_encoder(name, **arguments):
+    "SMP's transformers ask a tensor for its numbers while they are built"
+    with mock.patch("torch.linspace", partial(torch.linspace, device="cpu")):
+        return smp.encoders.get_encoder(name, weights=None, **arguments)
 
 
 def pair(name, **arguments):

@@ -57,7 +57,7 @@ def test_tensors_channels_and_settings_of_smp(name):
     expected, have = shapes(theirs.state_dict()), shapes(ours.state_dict())
     spare = {k for k in expected if k not in have}
     assert {k.split(".")[0] for k in spare} == HEADS.get(name.rstrip("0123456789"), set())
-    assert have.items() <= expected.items() <= (ours.unused_tensors() | have).items()
+    assert have.items() <= expected.items() and (not spare or expected.items() <= (ours.unused_tensors() | have).items())
     assert ours.out_channels == list(theirs.out_channels)
     assert same_settings(ours, theirs)
 
@@ -294,7 +294,8 @@ def test_tensors_of_mix_transformers_keep_their_order():
 
 
 def test_exports_with_free_sizes():
-    model = segkit.Segformer("mit_b0", encoder_weights=None).eval()
+    "One block a stage: each stage has another size of regions"
+    model = segkit.Segformer("mit_b0", encoder_weights=None, depths=(1, 1, 1, 1)).eval()
     free = {0: Dim("b", min=1, max=64), 2: Dim("h", min=33, max=4096), 3: Dim("w", min=33, max=4096)}
     exported = export(model, (torch.randn(2, 3, 65, 71),), dynamic_shapes=(free,)).module()
     x = torch.randn(3, 3, 96, 130)

@@ -69,7 +69,7 @@ def fill_levels(
     depth: int, # Deepest level
     output_stride: int = 32, # Stride of the deepest map
 ) -> list[Tensor]: # `depth + 1` maps, finest first
-    "The maps at their levels, the images at level 0, and a map without channels where there is none"
+    "The maps at their levels, the images at level 0, and no channels where there is no map"
     maps, features = {0: x, **maps}, []
     for level in range(depth + 1):
         stride = min(2**level, output_stride)

@@ -81,7 +81,7 @@ def preprocess_input(
     std: Sequence[float] | None = None, # Standard deviation of each channel
     input_space: str = "RGB", # Order of the channels that the weights expect: "RGB" or "BGR"
     input_range: Sequence[float] | None = None, # What the weights expect; None for 0 to 1
-    value_range: Sequence[float] | None = None, # Range of `x`; None: 0 to 255 for bytes, else 0 to 1
+    value_range: Sequence[float] | None = None, # Range of `x`; None: 0-255 for bytes, else 0-1
     **kwargs, # Further settings of the weights, which are not used here
 ) -> np.ndarray: # Normalised picture, float32 (float64 for float64)
     "Bring a picture into the form that pretrained weights expect"
