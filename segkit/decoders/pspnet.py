@@ -34,7 +34,8 @@ class GridMean(nn.Module):
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Means `(b, c, n, n)`
-        if torch.compiler.is_exporting(): return exported_means(x, self.n)
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_exporting(): return exported_means(x, self.n)
         return F.adaptive_avg_pool2d(x, self.n)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #means
@@ -80,7 +81,7 @@ class PSPBlock(nn.Module):
 
     def enlarge(self,
         x: Tensor, # Grid `(b, c, n, n)`
-        size: tuple[int, int], # Height and width of the map
+        size: list[int], # Height and width of the map
     ) -> Tensor: # Map `(b, c, h, w)`
         "From the grid back to the map"
         corners = True if self.interpolation == "bilinear" else None
@@ -104,7 +105,8 @@ class PSPModule(nn.Module):
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Contexts in the order of `sizes`, then the map `(b, out_channels, h, w)`
-        return torch.cat([*(block(x) for block in self.blocks), x], dim=1)
+        contexts = [block(x) for block in self.blocks]
+        return torch.cat(contexts + [x], dim=1)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #decoder
 class PSPDecoder(nn.Module):
@@ -128,7 +130,7 @@ class PSPDecoder(nn.Module):
         self.in_channels, self.out_channels = deepest, out_channels
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         return self.dropout(self.conv(self.psp(features[-1])))
 
@@ -185,7 +187,7 @@ class PSPInference(nn.Module):
         self.own = conv_of(own, conv.bias)
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first; only the last is read
+        features: list[Tensor], # Encoder's maps, finest first; only the last is read
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         x = features[-1]
         y = self.own(x)
