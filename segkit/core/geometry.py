@@ -16,7 +16,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "area", "nearest-exact")
 
 def resize(
     x: Tensor, # Map `(b, c, h', w')`
-    size: tuple[int, int], # Height and width to reach
+    size: list[int], # Height and width to reach; a tuple will do
     mode: str = "bilinear", # One of `INTERPOLATIONS`
     align_corners: bool | None = None, # For bilinear and bicubic: whether corner samples coincide
 ) -> Tensor: # Map `(b, c, h, w)`
@@ -25,12 +25,18 @@ def resize(
         return handle_torch_function(resize, (x,), x, size, mode, align_corners)
     if _has_size(x, size): return x
     if mode not in ("bilinear", "bicubic"): align_corners = None
-    if torch.compiler.is_exporting(): x = x.contiguous()  # or the program would hold for one order in memory
+    if not torch.jit.is_scripting():
+        # or an exported program would hold for one order in memory
+        if torch.compiler.is_exporting(): x = x.contiguous()
     return F.interpolate(x, size=size, mode=mode, align_corners=align_corners)
 
-def _has_size(x, size):
+def _has_size(x: Tensor, size: list[int]) -> bool:
     "Whether a map has this height and width; in a program for all sizes, whether it always has"
-    if not torch.compiler.is_compiling(): return x.shape[-2:] == tuple(size)
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling(): return _always_has_size(x, size)
+    return list(x.shape[-2:]) == list(size)
+
+def _always_has_size(x, size):
     from torch.fx.experimental.symbolic_shapes import statically_known_true
     return all(statically_known_true(have == wanted) for have, wanted in zip(x.shape[-2:], size))
 
@@ -59,7 +65,7 @@ def pad_to_multiple(
     "Repeat the last row and column until `multiple` divides height and width"
     if has_torch_function((x,)):
         return handle_torch_function(pad_to_multiple, (x,), x, multiple)
-    height, width = ((size + multiple - 1)//multiple*multiple for size in x.shape[-2:])
+    height, width = [(size + multiple - 1)//multiple*multiple for size in x.shape[-2:]]
     return pad_to(x, height, width)
 
 def pad_to_least(
@@ -69,12 +75,16 @@ def pad_to_least(
     "Repeat the last row and column until height and width are `least` or more"
     if has_torch_function((x,)):
         return handle_torch_function(pad_to_least, (x,), x, least)
-    height, width = (_at_least(size, least) for size in x.shape[-2:])
+    height, width = [_at_least(size, least) for size in x.shape[-2:]]
     return pad_to(x, height, width)
 
-def _at_least(size, least):
+def _at_least(size: int, least: int) -> int:
     "The larger of the two"
-    if not torch.compiler.is_compiling(): return max(size, least)
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling(): return _larger(size, least)
+    return max(size, least)
+
+def _larger(size, least):
     # in a program for all sizes: `size` itself wherever its range says so
     from torch.fx.experimental.symbolic_shapes import statically_known_true
     return size if statically_known_true(size >= least) else torch.sym_max(size, least)
@@ -88,7 +98,7 @@ def crop(
     "The upper left corner of a map"
     if has_torch_function((x,)):
         return handle_torch_function(crop, (x,), x, rows, columns)
-    if _has_size(x, (rows, columns)): return x
+    if _has_size(x, [rows, columns]): return x
     if not torch.compiler.is_compiling(): return x[..., :rows, :columns]
     # slicing would make a compiled model depend on whether something is cut off
     x = x.index_select(-2, torch.arange(rows, device=x.device))
@@ -106,11 +116,11 @@ def cut_back(
         return handle_torch_function(cut_back, (mask, image, frame), mask, image, frame, enlarge)
     if enlarge:
         mask = resize(mask, frame.shape[-2:], align_corners=True)
-        return crop(mask, *image.shape[-2:])
-    rows, columns = (
+        return crop(mask, image.shape[-2], image.shape[-1])
+    rows, columns = [
         (size*scaled + framed - 1)//framed
         for size, framed, scaled in zip(image.shape[-2:], frame.shape[-2:], mask.shape[-2:])
-    )
+    ]
     return crop(mask, rows, columns)
 
 # %% ../../nbs/core/01a_geometry.ipynb #module-dir

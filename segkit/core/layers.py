@@ -42,13 +42,15 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Map `(b, c, h, w)`
-        one_value = self.training and self.track_running_stats and x[:, 0].numel() == 1
-        if not one_value: return super().forward(x)
-        statistics = self.running_mean, self.running_var
-        return F.batch_norm(x, *statistics, self.weight, self.bias, training=False, eps=self.eps)
-
-    def _check_input_dim(self, x):
-        if isinstance(x, Tensor): super()._check_input_dim(x)  # a stand-in of torch.fx has no size yet
+        stored = self.track_running_stats and self.running_mean is not None
+        one_value = self.training and stored and x[:, 0].numel() == 1
+        measures = not one_value and (self.training or self.running_mean is None)
+        momentum = self.momentum if stored else 0.
+        if self.training and stored and not one_value:
+            self.num_batches_tracked.add_(1)
+            if momentum is None: momentum = 1/float(self.num_batches_tracked)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                            measures, 0. if momentum is None else momentum, self.eps)
 
 # %% ../../nbs/core/01_layers.ipynb #instancenorm
 class InstanceNorm2d(nn.InstanceNorm2d):
@@ -56,14 +58,13 @@ class InstanceNorm2d(nn.InstanceNorm2d):
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Map `(b, c, h, w)`
-        stored = self.track_running_stats and not self.training
-        if stored or x[0, 0].numel() > 1: return super().forward(x)
+        measures, momentum = self.training or not self.track_running_stats, self.momentum
+        if not measures or x[0, 0].numel() > 1:
+            return F.instance_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                   measures, 0. if momentum is None else momentum, self.eps)
         centred = x - x  # zero, with a gradient for whatever comes before
         if self.weight is None: return centred
         return centred*self.weight[:, None, None] + self.bias[:, None, None]
-
-    def _check_input_dim(self, x):
-        if isinstance(x, Tensor): super()._check_input_dim(x)  # a stand-in of torch.fx has no size yet
 
 # %% ../../nbs/core/01_layers.ipynb #norms
 def _groupnorm(channels, num_groups=None, **options):

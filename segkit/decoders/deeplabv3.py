@@ -60,7 +60,9 @@ class ImagePooling(nn.Sequential):
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`, the same at each cell
-        return resize(super().forward(x), x.shape[-2:], "bilinear", align_corners=False)
+        y = x
+        for layer in self: y = layer(y)
+        return resize(y, x.shape[-2:], "bilinear", align_corners=False)
 
 # %% ../../nbs/decoders/06_deeplabv3.ipynb #aspp
 class ASPP(nn.Module):
@@ -119,7 +121,7 @@ class DeepLabV3Decoder(StoredNames, nn.Module):
         self.out_channels = out_channels
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         return self.relu(self.bn(self.conv(self.aspp(features[-1]))))
 

@@ -50,7 +50,7 @@ class DeepLabV3PlusDecoder(nn.Module):
         self.interpolation, self.out_channels = interpolation, out_channels
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, out_channels, h/4, w/4)`
         shortcut = self.block1(features[2])
         context = self.aspp(features[-1])

@@ -7,7 +7,6 @@ __all__ = ['TopDownBlock', 'ConvGroupNormReLU', 'SegmentationBranch', 'MergeBloc
 
 # %% ../../nbs/decoders/04_fpn.ipynb #imports
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -72,11 +71,11 @@ class SegmentationBranch(nn.Module):
 
     def forward(self,
         x: Tensor, # Map of the pyramid `(b, in_channels, h', w')`
-        sizes: Sequence[tuple[int, int]] = (), # Sizes after each doubling, coarse to fine
+        sizes: list[list[int]] | None = None, # Sizes after each doubling, coarse to fine
     ) -> Tensor: # Map `(b, out_channels, h, w)`
         for i, conv in enumerate(self.block):
             x = conv(x)
-            if i < len(sizes): x = resize(x, sizes[i], align_corners=True)
+            if sizes is not None and i < len(sizes): x = resize(x, sizes[i], align_corners=True)
         return x
 
 # %% ../../nbs/decoders/04_fpn.ipynb #merge
@@ -89,9 +88,12 @@ class MergeBlock(nn.Module):
         self.policy = check_choice("merge_policy", policy, ["add", "cat"])
 
     def forward(self,
-        maps: Sequence[Tensor], # Branches, deepest first, each `(b, c, h, w)`
+        maps: list[Tensor], # Branches, deepest first, each `(b, c, h, w)`
     ) -> Tensor: # `(b, c, h, w)`, or `(b, len(maps) * c, h, w)` with `"cat"`
-        return reduce(torch.add, maps) if self.policy == "add" else torch.cat(list(maps), dim=1)
+        if self.policy == "cat": return torch.cat(maps, dim=1)
+        total = maps[0]
+        for m in maps[1:]: total = total + m
+        return total
 
 # %% ../../nbs/decoders/04_fpn.ipynb #pyramid
 class FeaturePyramid(nn.Module):
@@ -113,16 +115,16 @@ class FeaturePyramid(nn.Module):
         self.p2 = TopDownBlock(c2, pyramid_channels, interpolation)
 
     def pyramid(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> list[Tensor]: # Deepest first `(b, pyramid_channels, h/s, w/s)`
-        *_, c2, c3, c4, c5 = features
+        c2, c3, c4, c5 = features[-4:]
         p5 = self.p5(c5)
         p4 = self.p4(p5, c4)
         p3 = self.p3(p4, c3)
         return [p5, p4, p3, self.p2(p3, c2)]
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> list[Tensor]: # The four maps of `pyramid`
         return self.pyramid(features)
 
@@ -145,12 +147,13 @@ class FPNDecoder(FeaturePyramid):
         self.out_channels = segmentation_channels * (4 if merge_policy == "cat" else 1)
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Merged map `(b, out_channels, h/stride, w/stride)`
         levels = self.pyramid(features)
         sizes = [p.shape[-2:] for p in levels]
-        maps = [branch(p, sizes[i+1:])  # each branch grows by the sizes of the finer levels
-                for i, (branch, p) in enumerate(zip(self.seg_blocks, levels))]
+        maps = []
+        for i, branch in enumerate(self.seg_blocks):  # each grows by the sizes of the finer levels
+            maps.append(branch(levels[i], sizes[i+1:]))
         return self.dropout(self.merge(maps))
 
 # %% ../../nbs/decoders/04_fpn.ipynb #model

@@ -69,17 +69,16 @@ class LinknetDecoder(nn.Module):
             widths.append(c or widths[-1])  # a missing level passes on what comes from below
         self.blocks = nn.ModuleList(LinknetBlock(below, out, use_norm)
                                     for below, out in zip(widths, [*widths[1:], prefinal_channels]))
-        # level that each block adds; None where the encoder has no map, and at full size
-        levels = range(depth - 1, 0, -1)
-        self.skip_levels = [level if encoder_channels[level] else None for level in levels] + [None]
+        # whether a block adds a map: not where the encoder has none, and not at full size
+        self.has_skip = [bool(c) for c in encoder_channels[-2:0:-1]] + [False]
         self.out_channels = prefinal_channels
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, prefinal_channels, h, w)`
         x = features[-1]
-        for block, level in zip(self.blocks, self.skip_levels):
-            x = block(x, None if level is None else features[level])
+        for i, block in enumerate(self.blocks):
+            x = block(x, features[-2 - i] if self.has_skip[i] else None)
         return x
 
 # %% ../../nbs/decoders/03_linknet.ipynb #model

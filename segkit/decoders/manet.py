@@ -55,13 +55,14 @@ def joint_attention_chunked(
     answers, mass = (torch.cat(t, 1) for t in zip(*parts, strict=True))
     return answers*mass.softmax(1)
 
-def _joint_answers(query, key, value, chunk):
+def _joint_answers(query: Tensor, key: Tensor, value: Tensor, chunk: int) -> Tensor:
     "`joint_attention`, in pieces where there are more than `chunk` queries; one call for torch.fx"
     if has_torch_function((query, key, value)):
         return handle_torch_function(_joint_answers, (query, key, value), query, key, value, chunk)
-    whole = torch.compiler.is_compiling() or query.shape[1] <= chunk
-    if whole: return joint_attention(query, key, value)
-    return joint_attention_chunked(query, key, value, chunk)
+    if not torch.jit.is_scripting():
+        whole = torch.compiler.is_compiling() or query.shape[1] <= chunk
+        if not whole: return joint_attention_chunked(query, key, value, chunk)
+    return joint_attention(query, key, value)
 
 # %% ../../nbs/decoders/02_manet.ipynb #pab
 class PositionAttention(nn.Module):
@@ -84,8 +85,8 @@ class PositionAttention(nn.Module):
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # What the attention adds to it `(b, c, h, w)`
         "The answers, before they are added and convolved"
-        convs = self.center_conv, self.top_conv, self.bottom_conv
-        query, key, value = (conv(x).flatten(2).transpose(1, 2) for conv in convs)
+        asked, offered, told = self.center_conv(x), self.top_conv(x), self.bottom_conv(x)
+        query, key, value = [y.flatten(2).transpose(1, 2) for y in (asked, offered, told)]
         if self.form == "rowwise":
             answers = F.scaled_dot_product_attention(query, key, value, scale=1.)
             return answers.transpose(1, 2).reshape_as(x)
@@ -175,10 +176,10 @@ class MAnetDecoder(nn.Module):
         self.out_channels = widths[-1]
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels[-1], h, w)`
         x = self.center(features[-1])
-        for block, finer in zip(self.blocks, features[-2::-1]): x = block(x, finer)
+        for i, block in enumerate(self.blocks): x = block(x, features[-2 - i])
         return x
 
 # %% ../../nbs/decoders/02_manet.ipynb #model

@@ -96,6 +96,9 @@ class FeaturePyramidAttention(nn.Module):
         x: Tensor, # Deepest map `(b, in_channels, h, w)`
     ) -> Tensor: # What each cell is multiplied by, 0 or more `(b, 1, h, w)`
         "Pool three times, then add the levels from the coarsest up"
+        if not torch.jit.is_scripting() and not self.training:
+            # a program for all sizes has one of its own; in training norms would count its border
+            if torch.compiler.is_exporting(): return bordered_gate(self, x)
         half = self.down1(x)
         quarter = self.down2(half)
         gate = self.conv2(quarter) + enlarge(self.down3(quarter), quarter)
@@ -105,10 +108,7 @@ class FeaturePyramidAttention(nn.Module):
     def forward(self,
         x: Tensor, # Deepest map `(b, in_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
-        # a program for all sizes has a gate of its own; in training norms would count its border
-        exported = torch.compiler.is_exporting() and not self.training
-        gate = bordered_gate(self, x) if exported else self.gate(x)
-        return gate*self.mid(x) + enlarge(self.branch1(x), x)
+        return self.gate(x)*self.mid(x) + enlarge(self.branch1(x), x)
 
 # %% ../../nbs/decoders/08_pan.ipynb #export-border
 def _without_border(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -178,16 +178,15 @@ class PANDecoder(nn.Module):
             channels = encoder_channels[level + 1]
             gau = GlobalAttentionUpsample(channels, decoder_channels, interpolation)
             self.add_module(f"gau{level}", gau)
-        self.levels = range(depth - 2, 0, -1)
         self.out_channels = decoder_channels
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels, h/4, w/4)`
         x = self.fpa(features[-1])
-        for level in self.levels:
-            x = getattr(self, f"gau{level}")(features[level + 1], x)
-        return x
+        if hasattr(self, "gau3"): x = self.gau3(features[4], x)
+        if hasattr(self, "gau2"): x = self.gau2(features[3], x)
+        return self.gau1(features[2], x)
 
 # %% ../../nbs/decoders/08_pan.ipynb #model
 @architectures.register("pan")

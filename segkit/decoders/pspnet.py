@@ -33,7 +33,8 @@ class GridMean(nn.Module):
     def forward(self,
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Means `(b, c, n, n)`
-        if torch.compiler.is_exporting(): return exported_means(x, self.n)
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_exporting(): return exported_means(x, self.n)
         return F.adaptive_avg_pool2d(x, self.n)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #means
@@ -97,7 +98,8 @@ class PSPModule(nn.Module):
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Contexts in the order of `sizes`, then the map `(b, out_channels, h, w)`
-        return torch.cat([*(block(x) for block in self.blocks), x], dim=1)
+        contexts = [block(x) for block in self.blocks]
+        return torch.cat(contexts + [x], dim=1)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #decoder
 class PSPDecoder(nn.Module):
@@ -121,7 +123,7 @@ class PSPDecoder(nn.Module):
         self.out_channels = out_channels
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         return self.dropout(self.conv(self.psp(features[-1])))
 

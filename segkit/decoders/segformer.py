@@ -57,11 +57,11 @@ class SegformerDecoder(nn.Module):
         self.out_channels, self.interpolation = segmentation_channels, interpolation
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, segmentation_channels, h/4, w/4)`
-        size = features[2].shape[-2:]
-        maps = [mlp(features[i]) for i, mlp in zip(self.levels, self.mlp_stage)]
-        maps = [resize(m, size, self.interpolation) for m in maps]
+        size, maps = features[2].shape[-2:], []
+        for i, mlp in enumerate(self.mlp_stage):
+            maps.append(resize(mlp(features[self.levels[i]]), size, self.interpolation))
         return self.fuse_stage(torch.cat(maps, dim=1))
 
     def inference_form(self) -> nn.Module: # An equal decoder for inference, with less work
@@ -72,7 +72,7 @@ class SegformerDecoder(nn.Module):
 class ComposedSegformerDecoder(SegformerDecoder):
     "The same map as `SegformerDecoder`: both linear layers at once, then a sum; trains as well"
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, segmentation_channels, h/4, w/4)`
         fuse, norm, relu = self.fuse_stage
         parts = fuse.weight.flatten(1).chunk(len(self.levels), dim=1)
@@ -81,7 +81,7 @@ class ComposedSegformerDecoder(SegformerDecoder):
         return relu(norm(sum(terms)))
 
     def term(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
         level: int, # Which of them
         weight: Tensor, # Matrix `(segmentation_channels, c)`
         bias: Tensor, # Constant `(segmentation_channels,)`
@@ -111,7 +111,7 @@ class SegformerInference(nn.Module):
         self.bias = nn.Parameter(bias.detach()[:, None, None].clone(), requires_grad=False)
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, segmentation_channels, h/4, w/4)`
         size, total = features[2].shape[-2:], self.bias
         for level, conv in zip(self.levels, self.convs):

@@ -47,7 +47,7 @@ class UnetDecoderBlock(StoredNames, nn.Module):
 
     def forward(self,
         x: Tensor, # Map from below `(b, in_channels, h', w')`
-        size: tuple[int, int], # Height and width of the result
+        size: list[int], # Height and width of the result
         skip: Tensor | None = None, # Encoder's map `(b, skip_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h, w)`
         x = resize(x, size, self.interpolation_mode)
@@ -84,12 +84,13 @@ class UnetDecoder(nn.Module):
         self.out_channels = widths[-1]
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels[-1], h, w)`
-        finer = features[-2::-1]  # the deepest but one, ..., the image
-        skips = [*finer[:-1], None]
         x = self.center(features[-1])
-        for block, f, skip in zip(self.blocks, finer, skips): x = block(x, f.shape[-2:], skip)
+        for i, block in enumerate(self.blocks):
+            finer = features[-2 - i]  # the deepest but one, ..., the image
+            skip = finer if i + 1 < len(self.blocks) else None
+            x = block(x, finer.shape[-2:], skip)
         return x
 
     def inference_form(self) -> nn.Module: # Equal decoder for evaluation
@@ -192,7 +193,7 @@ class UnetInference(nn.Module):
         self.has_skip = [bool(skip) for _, skip in decoder.inputs]
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels[-1], h, w)`
         x = self.center(features[-1])
         for block, skip, has_skip in zip(self.blocks, features[-2::-1], self.has_skip):

@@ -98,7 +98,7 @@ class UnetPlusPlusDecoder(StoredNames, nn.Module):
         return [(self.grid.width(d, l), 2**(self.grid.depth - 1 - l)) for d, l in self.ends]
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first; sub-networks read fewer
+        features: list[Tensor], # Encoder's maps, finest first; sub-networks read fewer
         all_levels: bool = False, # Whether to return the map of each level
     ) -> Tensor | list[Tensor]: # Map `(b, out_channels, h/s, w/s)`, or one a level
         depth, made = self.grid.depth, {}
@@ -127,7 +127,7 @@ class _DeepSupervision:
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor: # Images `(b, in_channels, H, W)`
         "Pad to a multiple of the whole network's stride"
-        self.check_input_shape(x)
+        if not torch.jit.is_scripting(): self.check_input_shape(x)
         return pad_to_multiple(x, self.frame_stride)
 
     def forward(self,
@@ -253,7 +253,7 @@ class UnetPlusPlusInference(nn.Module):
             self.blocks[f"x_{d}_{l}"] = JoinedBlock(decoder.blocks[f"x_{d}_{l}"], [below, *widths])
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         depth, made = self.grid.depth, {}
         for d, l in self.grid.order(self.level):

@@ -57,7 +57,7 @@ class PyramidPooling(nn.Module):
         x: Tensor, # Deepest map `(b, in_channels, h, w)`
     ) -> Tensor: # Map with context `(b, out_channels, h, w)`
         contexts = [resize(block(x), x.shape[-2:], self.interpolation) for block in self.blocks]
-        return self.out_conv(torch.cat([x, *contexts], dim=1))
+        return self.out_conv(torch.cat([x] + contexts, dim=1))
 
 # %% ../../nbs/decoders/09_upernet.ipynb #lateral
 class LateralBlock(nn.Module):
@@ -101,16 +101,17 @@ class PooledPyramid(nn.Module):
             LateralBlock(c, decoder_channels, use_norm, interpolation) for c in reversed(skips))
 
     def pyramid(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> list[Tensor]: # Maps, deepest first `(b, decoder_channels, h/s, w/s)`
-        *skips, deepest = (norm(f) for norm, f in zip(self.feature_norms, features[2:]))
-        levels = [self.psp(deepest)]
-        for lateral, skip in zip(self.fpn_lateral_blocks, reversed(skips)):
-            levels.append(lateral(levels[-1], skip))
+        maps = []
+        for i, norm in enumerate(self.feature_norms): maps.append(norm(features[2 + i]))
+        levels = [self.psp(maps[-1])]
+        for i, lateral in enumerate(self.fpn_lateral_blocks):
+            levels.append(lateral(levels[-1], maps[-2 - i]))
         return levels
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> list[Tensor]: # The maps of `pyramid`
         return self.pyramid(features)
 
@@ -132,14 +133,15 @@ class UPerNetDecoder(PooledPyramid):
         self.out_channels = decoder_channels
 
     def polished(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> list[Tensor]: # Maps, finest first `(b, decoder_channels, h/s, w/s)`
-        top, *levels = self.pyramid(features)
-        maps = [top, *(conv(level) for conv, level in zip(self.fpn_conv_blocks, levels))]
+        levels = self.pyramid(features)
+        maps = levels[:1]
+        for i, conv in enumerate(self.fpn_conv_blocks): maps.append(conv(levels[i + 1]))
         return maps[::-1]
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels, h/4, w/4)`
         maps = self.polished(features)
         size = maps[0].shape[-2:]
@@ -195,7 +197,7 @@ class UPerNetInference(UPerNetDecoder):
         self.others = nn.ParameterList(nn.Parameter(w.clone(), requires_grad=False) for w in others)
 
     def forward(self,
-        features: Sequence[Tensor], # Encoder's maps, finest first
+        features: list[Tensor], # Encoder's maps, finest first
     ) -> Tensor: # Map `(b, decoder_channels, h/4, w/4)`
         finest, *maps = self.polished(features)
         total = self.finest(finest)

@@ -20,6 +20,7 @@ from .surgery import adapt_first_conv, dilate
 # %% ../../nbs/encoders/00_base.ipynb #mixin
 class _Facts:
     "What a decoder may ask of an encoder"
+    __constants__ = ["_in_channels", "_depth", "_output_stride"]  # for torch.jit.script
     _out_channels: list[int]
     _depth: int = 5
     _in_channels: int = 3
@@ -43,7 +44,7 @@ class _Facts:
 
     @property
     def output_stride(self) -> int: # Stride of the deepest map
-        return min(self._output_stride, 2**self._depth)
+        return min(self._output_stride, 1 << self._depth)  # two to the power of the depth
 
 # %% ../../nbs/encoders/00_base.ipynb #change
 class _Changes(_Facts):
@@ -103,7 +104,7 @@ classifiers = tuple(f"{name}.*" for name in (
 
 class EncoderMixin(_Changes, StoredNames):
     "What a decoder may ask of an encoder; put it beside `nn.Module`"
-    _made_with: Mapping[str, Any] | None = None  # arguments that build it at its full depth
+    _made_with = None  # mapping of the arguments that build it at its full depth; None if unknown
     dropped = classifiers
 
     def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, from 1 -> names of parameters

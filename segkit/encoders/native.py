@@ -43,15 +43,16 @@ class NativeEncoder(EncoderMixin, nn.Module):
         "Take over the parts of `model` that `depth` stages need, under their own names"
         for stage in self.chain[:depth]:
             for child in stage: self.add_module(child, getattr(model, child))
+        self.ends = [stage[-1] for stage in self.chain[:depth]]  # children that end a level
 
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
         features = [x]
-        for stage in self.chain[:self._depth]:
-            for child in stage: x = getattr(self, child)(x)
-            features.append(x)
-        return features
+        for name, layer in self.named_children():  # in the order of `chain`
+            if len(features) <= self._depth: x = layer(x)
+            if name in self.ends: features.append(x)
+        return features[:self._depth + 1]
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
         "The stages of strides 16 and 32"

@@ -7,7 +7,7 @@ __all__ = ['check_images', 'FreezeMixin', 'LoadMixin', 'Assembly', 'PredictMixin
 
 # %% ../../nbs/model/02_model.ipynb #imports
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -230,6 +230,7 @@ class PredictMixin:
 # %% ../../nbs/model/02_model.ipynb #model
 class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, PredictMixin, Assembly):
     "Encoder, decoder, segmentation head and, if asked, classification head"
+    __constants__ = ["requires_divisible_input_shape", "enlarge_mask"]  # for torch.jit.script
     requires_divisible_input_shape = True  # whether the decoder needs multiples of the encoder's stride
     renamed_arguments: Mapping[str, str] = {}  # former name of an argument -> present name
 
@@ -242,7 +243,7 @@ class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, PredictMixin, Assembly
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor: # Images `(b, in_channels, H, W)` of a size that encoder and decoder take
         "Check the images, and pad them as the encoder needs"
-        self.check_input_shape(x)
+        if not torch.jit.is_scripting(): self.check_input_shape(x)
         stride = self.encoder.output_stride
         if self.requires_divisible_input_shape: return pad_to_multiple(x, stride)
         return pad_to_least(x, stride)
@@ -254,7 +255,7 @@ class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, PredictMixin, Assembly
         check_images(x, self.encoder.in_channels)
 
     def deepest(self,
-        features: Sequence[Tensor], # What the encoder returns
+        features: list[Tensor], # What the encoder returns
     ) -> Tensor: # Its deepest map `(b, c, h/s, w/s)`
         "The map that the classification head reads"
         return features[-1]
