@@ -108,7 +108,8 @@ def load_weights(
 
 def _first_words(names):
     "How names may begin, with and without an encoder's own `model.` or `body.`"
-    return {word for name in names for word in name.split(".")[:2] if not word.isdigit()}
+    bare = [name.removeprefix("model.").removeprefix("body.") for name in names]
+    return {name.split(".")[0] for name in [*names, *bare]}
 
 def _respelt(state, own):
     "Tensors whose names differ in spelling only, under the names that are wanted"
