@@ -139,8 +139,8 @@ def unpack(
     try:
         with _members(file, 2*max_bytes + 10**7) as members:
             _write_all(_shown(members, progress), folder, max_bytes, max_files)
-    except OSError: raise  # the disk's fault, whose text names the place
     except Exception as error:
+        if isinstance(error, OSError) and error.errno: raise  # the disk's fault, which names the place
         reason = str(error) or type(error).__name__
         raise ValueError(f"{file} cannot be unpacked: {reason}. It is damaged, or no archive that can "
                          "be trusted; if you do trust it, unpack it yourself") from error

@@ -13,6 +13,7 @@ from torch import nn, Tensor
 
 from ..core.cache import cache_folder
 from ..core.files import fetch, is_weights_file, read_state_dict, WEIGHT_SUFFIXES
+from ..core.names import unwrapped
 from ..core.registry import UnknownName, nearest
 
 # %% ../../nbs/encoders/01_weights.ipynb #from-settings
@@ -97,14 +98,20 @@ def load_weights(
     "Load weights into `encoder`"
     state = resolve_weights(weights, settings, owner)
     if state is None: return False
-    if hasattr(encoder, "convert_state_dict"): state = encoder.convert_state_dict(state)
     own = encoder.state_dict()
+    state = unwrapped(state, _first_words(own))
+    if hasattr(encoder, "convert_state_dict"): state = encoder.convert_state_dict(state)
     state = state | _respelt(state, own)
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
     if missing or wrong: raise ValueError(_misfit(owner, state, own, missing, wrong))
     encoder.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
     return True
+
+def _first_words(names):
+    "How names may begin, with and without an encoder's own `model.` or `body.`"
+    bare = [name.removeprefix("model.").removeprefix("body.") for name in names]
+    return {name.split(".")[0] for name in [*names, *bare]}
 
 def _respelt(state, own):
     "Tensors whose names differ in spelling only, under the names that are wanted"

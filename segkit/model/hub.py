@@ -175,8 +175,8 @@ def _build(name, hub, facts, strict, trust_remote_code, overrides, asked):
     for path in (file, weights): _check_sum(path, facts)
     state = read_state_dict(weights)
     model = _constructed(cls, config, file, weights, strict, trust_remote_code, overrides)
-    if strict: model.load_state_dict(state)
-    else: _load_what_fits(model, state)
+    try: model.load_state_dict(state) if strict else _load_what_fits(model, state)
+    except (RuntimeError, ValueError) as error: raise type(error)(f"{weights}: {error}") from error
     model.encoder.preprocessing = {key: facts[key] for key in _LOOK if key in facts}
     return model.eval()
 
@@ -238,6 +238,8 @@ def _constructed(cls, config, file, weights, strict, trust_remote_code, override
         raise ValueError(f"{file}: {wrong[0]!r} is no argument of a saved model")
     with _Bounded(weights.stat().st_size), skip_init() if strict else nullcontext():
         try:
+            _check_numbers(arguments)
+            _check_numbers(arguments)
             arguments = restored(arguments, str(file), trust_remote_code) | overrides
             tag = arguments.pop("encoder_weights", None)
             model = cls(**arguments, encoder_weights=None)
@@ -247,6 +249,15 @@ def _constructed(cls, config, file, weights, strict, trust_remote_code, override
                              f"{str(error)[:500] or type(error).__name__}") from error
     model.config["encoder_weights"] = tag
     return model
+
+def _check_numbers(value, level=0):
+    "Raise `ValueError` for numbers that no model has an argument for, and for too many levels"
+    if level > 20: raise ValueError("they have more than 20 levels of brackets")
+    if isinstance(value, (int, float)) and abs(value) > 10**6:
+        raise ValueError("a number is larger than any argument of a model, a million")
+    if isinstance(value, Mapping): value = list(value.values())
+    if isinstance(value, list):
+        for part in value: _check_numbers(part, level + 1)
 
 # %% ../../nbs/model/01_hub.ipynb #files
 def _file(name, file, hub):
