@@ -13,7 +13,7 @@ from PIL import Image
 
 from segkit.data import MaskDataLoaders, SegmentationBlocks, data_report, data_statistics, shims
 from segkit.data.display import show_masks, show_predictions
-from segkit.data.headers import check_files, item_files, read_header
+from segkit.data.headers import check_files, item_files, read_header, watched
 from segkit.learner import segmentation_learner
 
 torch.set_num_threads(1)
@@ -269,3 +269,8 @@ def test_figures_fit_a_page(size):
             assert figure.get_size_inches()[0] <= 12.01 and figure.get_size_inches()[1] < 13
             import matplotlib.pyplot as plt
             plt.close(figure)
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7])
+@pytest.mark.parametrize("after", [0, 1e9])
+def test_watching_loses_nothing(capsys, n, after):
+    assert list(watched(iter(range(n)), n, after)) == list(range(n))

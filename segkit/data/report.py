@@ -290,7 +290,7 @@ def _column(facts, question):
     sizes = [h.size for h in headers] or [(row["height"], row["width"]) for row in rows]
     channels = [h.channels for h in headers] or [row["channels"] for row in rows]
     dtypes = [h.dtype for h in headers] or [row["dtype"] for row in rows]
-    column = {"pictures": facts.n, "pixels read of": len(rows), "height x width": _sizes(sizes),
+    column = {"pictures": facts.n, "pictures read": len(rows), "height x width": _sizes(sizes),
               "channels": _kinds(channels), "numbers": _kinds(dtypes),
               "files": _kinds([h.format for h in headers]), "values": _range(rows)}
     for code, share in zip(question.codes, _shares(facts)): column[code] = f"{share:.1%}"
