@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from PIL import Image
+from torch import Tensor
 
 from ..core.registry import check_choice, check_keywords, did_you_mean
 from .blocks import SegmentationBlocks
-from .headers import check_files
+from .headers import check_files, files_in
 from .report import DataReport, data_report
 from .shims import quiet_import
 from .targets import spread_over
@@ -38,7 +39,7 @@ class FromColumn:
         self.column, self.folder, self.delimiter = column, folder, delimiter
 
     def __call__(self, row):
-        if isinstance(row, (str, Path, np.ndarray)): return row
+        if isinstance(row, (str, Path, bytes, np.ndarray, Tensor, Image.Image)): return row
         cell = row.iloc[self.column] if isinstance(self.column, int) else row[self.column]
         if self.folder is not None: return Path(self.folder)/str(cell)
         if self.delimiter is None: return cell
@@ -108,23 +109,18 @@ def _check_places(files, get_mask):
 
 # %% ../../nbs/data/05_loaders.ipynb #sources
 def _sources(items, get):
-    "The file, or files, of each item; None where the function gives the picture itself"
-    if get is None: return [_files_only(item) for item in items]
+    "The files of each item; None where the function gives the picture itself"
+    if get is None: return [files_in(item) for item in items]
     tried = [get(items[i]) for i in spread_over(len(items), 3)]
-    if all(_files_only(source) is None for source in tried): return [None]*len(items)
-    return [_files_only(get(item)) for item in items]
-
-def _files_only(source):
-    "The source, if it is a file or a list of files"
-    parts = source if isinstance(source, (list, tuple)) and source else [source]
-    return source if all(isinstance(part, (str, Path)) for part in parts) else None
+    if all(files_in(source) is None for source in tried): return [None]*len(items)
+    return [files_in(get(item)) for item in items]
 
 def _without_file(sources):
     "Places of the items of whose files one is not there, and that file: place -> file"
     missing = {}
-    for i, source in enumerate(sources):
-        for part in source if isinstance(source, (list, tuple)) else [source]:
-            if part is not None and not Path(part).is_file(): missing.setdefault(i, str(part))
+    for i, files in enumerate(sources):
+        for file in files or ():
+            if not Path(file).is_file(): missing.setdefault(i, str(file))
     return missing
 
 # %% ../../nbs/data/05_loaders.ipynb #check
@@ -137,7 +133,7 @@ def _complete(items, get_image, get_mask, missing):
     lost = _without_file(_sources(items, get_mask))
     if lost and missing == "error":
         raise FileNotFoundError(_not_there("mask", lost, len(items)) +
-                                "; `missing=\"skip\"` leaves those items out")
+                                "; `missing=\"skip\"` leaves their pictures out")
     if len(lost) == len(items): raise FileNotFoundError(_not_there("mask", lost, len(items)))
     return [i for i in range(len(items)) if i not in lost], list(lost.values())
 
@@ -284,10 +280,12 @@ class MaskDataLoaders(DataLoaders):
         batch_tfms: Any = None, # fastai's transforms of a batch
         in_channels: int = 3, # Channels of the pictures
         bands: Sequence[int] = (0, 1, 2), # Channels shown as red, green and blue
-        values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value in a file
-        void: int | Sequence[int] | None = None, # Values of a mask's file that mean void
+        values: Mapping | Sequence[int] | str | Path | None = None, # Class of each value or colour
+        void: Any = None, # Values, colours or names of a mask's file that mean void
         overlapping: bool = False, # Whether classes may share a pixel
         min_share: float = 0., # With "present", the smallest share of pixels that counts
+        nodata: float | Sequence[float] | None = None, # Values of a picture that make pixels void
+        scale: float | None = None, # Divides pictures that are not bytes; bytes then by 255
         missing: Literal["error", "skip"] = "error", # What to do where a mask's file is not there
         check: bool = True, # Read the headers of all files, and raise where something is wrong
         **kwargs: Any, # Arguments of fastai's loaders, such as `bs`, `num_workers`, `device`
@@ -303,14 +301,14 @@ class MaskDataLoaders(DataLoaders):
             each = [each[i] for i in kept]
             items = items.iloc[kept] if table else each
         options = dict(in_channels=in_channels, bands=bands, values=values, void=void,
-                       overlapping=overlapping, min_share=min_share)
+                       overlapping=overlapping, min_share=min_share, nodata=nodata, scale=scale)
         blocks, get_y = _targets(codes, each, get_mask, get_label, labels, options)
         if img_cls is not None: blocks = (ImageBlock(img_cls), *blocks[1:])
         block = DataBlock(blocks, n_inp=1, get_x=get_image, get_y=get_y, splitter=splits,
                           item_tfms=item_tfms, batch_tfms=batch_tfms)
         made = cls.from_dblock(block, items, path=path, **{"bs": 64, **kwargs})
         dls = cls(*made.loaders, path=made.path, device=made.device)  # fastai makes a plain one
-        if check: check_files(dls, in_channels, one_depth=img_cls is None)
+        if check: check_files(dls, in_channels, one_depth=img_cls is None and scale is None)
         dls.left_out = lost
         return _with_batches(dls)
 
