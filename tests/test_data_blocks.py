@@ -146,7 +146,7 @@ def test_six_bands_from_files_to_a_learner(tmp_path, ending):
     assert picture.shape[1:] == (6, 24, 32) and mask.shape[1:] == (24, 32) and picture.abs().max() < 10
     assert found.std[3:].numpy() == pytest.approx(100*found.std[:3].numpy())
     learn.show_results(), dls.show_batch()
-    assert learn.predict(files[0].with_suffix(ending))[1].shape == (24, 32)
+    assert learn.predict(files[0].with_suffix(ending))[1].shape == (30, 40)  # the size of the picture, not of the batch
     learn.export("six.pkl")
     again = load_learner(tmp_path/"six.pkl")
     assert torch.equal(again.predict(files[0].with_suffix(ending))[1], learn.predict(files[0].with_suffix(ending))[1])

@@ -520,7 +520,7 @@ def test_every_architecture_trains_and_predicts_a_pair(files, name):
     learn.fit(1)
     assert all(torch.equal(v, encoder[k]) for k, v in learn.model.encoder.state_dict().items())
     mask, label = learn.predict(files[0])[2]
-    assert mask.shape == (3, 64, 64) and label.shape == (2,)
+    assert mask.shape == (3, 32, 32) and label.shape == (2,)
 
 # interpretation
 

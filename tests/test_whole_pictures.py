@@ -251,3 +251,13 @@ def test_new_data_with_wrong_files_are_named(tmp_path, learn):
     block = DataBlock(SegmentationBlocks(learn.task.codes), n_inp=1, get_y=lambda f: f.with_suffix(".bmp"), splitter=IndexSplitter([0, 1]), item_tfms=Resize(32))
     with pytest.raises(ValueError, match=r"21\.png.*21\.bmp \(50, 48\)"): learn.dls = block.dataloaders(files, bs=2, num_workers=0, device="cpu")
     assert isinstance(files[0], Path)
+
+def test_a_string_is_a_path_where_the_reader_is_a_function(tmp_path):
+    "fastai knows such a pipeline by the types that came through it: paths, no strings"
+    for i in range(3): np.save(tmp_path/f"{i}.npy", np.zeros((32, 32, 4), np.float32))
+    block = DataBlock(SegmentationBlocks(CODES, in_channels=4), n_inp=1, get_y=lambda f: np.zeros((32, 32), np.uint8), splitter=IndexSplitter([0]))
+    files = sorted(tmp_path.glob("*.npy"))
+    learn = quiet(segmentation_learner(block.dataloaders(files, bs=1, num_workers=0, device="cpu", path=tmp_path), "Unet", **SMALL))
+    assert torch.equal(learn.predict(str(files[1]))[1], learn.predict(files[1])[1])
+    learn.export("a.pkl")
+    assert load_learner(tmp_path/"a.pkl").predict(str(files[1]))[1].shape == (32, 32)

@@ -8,7 +8,7 @@ __all__ = ['FORMATS', 'Header', 'picture_files', 'read_header', 'Looked', 'ItemF
 
 # %% ../../nbs/data/04a_headers.ipynb #imports
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -230,7 +230,7 @@ def _to_file(part):
     item, found = _item(part, 0), None
     steps = list(part.tfms.fs)
     for k in range(len(steps) + 1):
-        if is_file(item): found = steps[:k]
+        if _is_file(item): found = steps[:k]
         elif found is not None: break
         try: item = steps[k](item) if k < len(steps) else None
         except Exception: break  # the file cannot be read, which its header tells
@@ -241,18 +241,22 @@ def _files(part, way, i):
     if way is None: return ()
     item = _item(part, i)
     for step in way: item = step(item)
-    if not is_file(item): return ()
-    return tuple(item) if isinstance(item, (list, tuple)) else (item,)
+    return files_in(item) or () if _is_file(item) else ()
 
-def is_file(
-    source: Any, # What an item may be
-) -> bool: # Whether it is a path, or several
-    "Whether this is a file, or a list of files"
-    parts = source if isinstance(source, (list, tuple)) and source else [source]
-    return all(isinstance(part, (str, Path)) and _exists(part) for part in parts)
+def files_in(
+    source: Any, # What an item, its picture or its mask may be
+) -> tuple | None: # Its path, or those of a list or dictionary; None if it is something else
+    "The files that a source names"
+    if isinstance(source, Mapping): source = list(source.values())
+    parts = source if isinstance(source, (list, tuple)) else [source]
+    parts = [part for part in parts if part is not None]  # a class without a mask
+    named = parts and all(isinstance(part, (str, Path)) for part in parts)
+    return tuple(parts) if named else None
 
-def _exists(part):
-    try: return isinstance(part, Path) or Path(part).is_file()
+def _is_file(source):
+    "Whether this is a file, or several; a text may be anything else"
+    files = files_in(source) or [""]
+    try: return all(isinstance(file, Path) or Path(file).is_file() for file in files)
     except (OSError, ValueError): return False  # a text too long for a name
 
 # %% ../../nbs/data/04a_headers.ipynb #check

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.registry import check_choice, check_keywords, did_you_mean
 from .blocks import SegmentationBlocks
-from .headers import check_files
+from .headers import check_files, files_in
 from .report import DataReport, data_report
 from .shims import quiet_import
 from .targets import spread_over
@@ -109,25 +109,18 @@ def _check_places(files, get_mask):
 
 # %% ../../nbs/data/05_loaders.ipynb #sources
 def _sources(items, get):
-    "The file, or files, of each item; None where the function gives the picture itself"
-    if get is None: return [_files_only(item) for item in items]
-    tried = [_files_only(get(items[i])) for i in spread_over(len(items), 3)]
-    if all(source is None for source in tried): return [None]*len(items)
-    return [_files_only(get(item)) for item in items]
-
-def _files_only(source):
-    "The source, if it is a file or several files"
-    if source is None: return "None"  # no file at all
-    if isinstance(source, Mapping): source = list(source.values())
-    parts = source if isinstance(source, (list, tuple)) and source else [source]
-    return source if all(isinstance(part, (str, Path)) for part in parts) else None
+    "The files of each item; None where the function gives the picture itself"
+    if get is None: return [files_in(item) for item in items]
+    tried = [get(items[i]) for i in spread_over(len(items), 3)]
+    if all(files_in(source) is None for source in tried): return [None]*len(items)
+    return [files_in(get(item)) for item in items]
 
 def _without_file(sources):
     "Places of the items of whose files one is not there, and that file: place -> file"
     missing = {}
-    for i, source in enumerate(sources):
-        for part in source if isinstance(source, (list, tuple)) else [source]:
-            if part is not None and not Path(part).is_file(): missing.setdefault(i, str(part))
+    for i, files in enumerate(sources):
+        for file in files or ():
+            if not Path(file).is_file(): missing.setdefault(i, str(file))
     return missing
 
 # %% ../../nbs/data/05_loaders.ipynb #check
@@ -140,7 +133,7 @@ def _complete(items, get_image, get_mask, missing):
     lost = _without_file(_sources(items, get_mask))
     if lost and missing == "error":
         raise FileNotFoundError(_not_there("mask", lost, len(items)) +
-                                "; `missing=\"skip\"` leaves those items out")
+                                "; `missing=\"skip\"` leaves their pictures out")
     if len(lost) == len(items): raise FileNotFoundError(_not_there("mask", lost, len(items)))
     return [i for i in range(len(items)) if i not in lost], list(lost.values())
 
@@ -309,14 +302,13 @@ class MaskDataLoaders(DataLoaders):
             items = items.iloc[kept] if table else each
         options = dict(in_channels=in_channels, bands=bands, values=values, void=void,
                        overlapping=overlapping, min_share=min_share, nodata=nodata, scale=scale)
-        labelled = [each[i] for i in kept]
-        blocks, get_y = _targets(codes, labelled, get_mask, get_label, labels, options)
+        blocks, get_y = _targets(codes, each, get_mask, get_label, labels, options)
         if img_cls is not None: blocks = (ImageBlock(img_cls), *blocks[1:])
         block = DataBlock(blocks, n_inp=1, get_x=get_image, get_y=get_y, splitter=splits,
                           item_tfms=item_tfms, batch_tfms=batch_tfms)
         made = cls.from_dblock(block, items, path=path, **{"bs": 64, **kwargs})
         dls = cls(*made.loaders, path=made.path, device=made.device)  # fastai makes a plain one
-        if check: check_files(dls, in_channels, one_depth=img_cls is None)
+        if check: check_files(dls, in_channels, one_depth=img_cls is None and scale is None)
         dls.left_out = lost
         return _with_batches(dls)
 

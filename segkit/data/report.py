@@ -57,27 +57,30 @@ def _look_at(dl, name, question, n, progress):
     for i in go(chosen, len(chosen)):
         file = item_name(dl, i).split(", ")[0]
         try: picture, mask, *label = dl.dataset[i]
-        except Exception as error: facts.doubts.append((file, _short(error)))
+        except Exception as error: facts.doubts.append((file, _short(error, file)))
         else: _add(facts, file, picture, mask, label, question)
     read = set(chosen)
     suspects = [(dl, item) for item in facts.files if item.problem and item.index not in read]
     facts.doubts += [tuple(text.split(": ", 1)) for text in confirmed(suspects, None)]
     return facts
 
-def _short(error):
+def _short(error, file):
     "The first line of an error; our readers say what is wrong, others say less"
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"{file}: ")
     return line if isinstance(error, ValueError) else f"cannot be read: {line}"
 
 def _add(facts, file, picture, mask, label, question):
     "Add what an item is like"
     picture, mask = _channels_first(picture), _tensor(mask)
-    row, doubts = _of_picture(picture)
+    row, doubts = _of_picture(picture, question.has_nodata)
     facts.pictures.append({"set": facts.name, "file": file, **row})
     if picture.shape[-2:] != mask.shape[-2:]:
         size, other = tuple(picture.shape[-2:]), tuple(mask.shape[-2:])
         doubts.append(f"the picture has height and width {size}, its mask {other}")
-    else: doubts += _count_mask(facts, mask, question)
+    else:
+        if question.has_nodata:  # as the batch will have it
+            mask = mask.masked_fill(picture.isnan().any(0), question.void)
+        doubts += _count_mask(facts, mask, question)
     facts.labels.update(question.names_of(*label))
     facts.doubts += [(file, doubt) for doubt in doubts]
 
@@ -92,7 +95,7 @@ def _channels_first(picture):
     if values.dim() == 2: return values[None]
     return values if isinstance(picture, Tensor) else values.movedim(-1, 0)
 
-def _of_picture(picture):
+def _of_picture(picture, has_nodata):
     "Facts and doubts of a picture `(channels, h, w)`"
     values = picture.numpy()
     finite = np.isfinite(values)
@@ -101,7 +104,8 @@ def _of_picture(picture):
     good = values[finite]
     if good.size: row |= dict(low=good.min(), mean=good.mean(dtype=float), high=good.max())
     doubts = []
-    if n := int((~finite).sum()): doubts.append(f"{n} values are not finite (NaN or inf)")
+    n = 0 if has_nodata else int((~finite).sum())
+    if n: doubts.append(f"{n} values are not finite (NaN or inf)")
     if good.size and good.min() == good.max(): doubts.append(f"every value is {good.min():g}")
     return row, doubts
 
@@ -131,6 +135,7 @@ class _Question:
     void: int | None # Mask value that is void
     vocab: list # Names of the labels
     channels: int | None = None # Channels of the pictures, if known
+    has_nodata: bool = False # Whether pixels without data are void
 
     @property
     def classes(self): return len(self.codes)
@@ -156,8 +161,9 @@ def _question(dls):
     if vocab and isinstance(vocab[-1], (list, tuple)): vocab = list(vocab[-1])
     codes = list(map(str, codes))
     if len(codes) == 1: codes = [f"not {codes[0]}", *codes]
-    channels = find_attribute(dls, "channels")
-    return _Question(codes, find_attribute(dls, "ignore_index", "void"), vocab, channels)
+    channels, nodata = find_attribute(dls, "channels"), find_attribute(dls, "nodata")
+    void = find_attribute(dls, "ignore_index", "void")
+    return _Question(codes, void, vocab, channels, nodata is not None)
 
 # %% ../../nbs/data/08_report.ipynb #twice
 def _twice(sets):
@@ -290,7 +296,7 @@ def _column(facts, question):
     sizes = [h.size for h in headers] or [(row["height"], row["width"]) for row in rows]
     channels = [h.channels for h in headers] or [row["channels"] for row in rows]
     dtypes = [h.dtype for h in headers] or [row["dtype"] for row in rows]
-    column = {"pictures": facts.n, "pixels read of": len(rows), "height x width": _sizes(sizes),
+    column = {"pictures": facts.n, "pictures read": len(rows), "height x width": _sizes(sizes),
               "channels": _kinds(channels), "numbers": _kinds(dtypes),
               "files": _kinds([h.format for h in headers]), "values": _range(rows)}
     for code, share in zip(question.codes, _shares(facts)): column[code] = f"{share:.1%}"
