@@ -113,7 +113,8 @@ def _sources(items, get):
     if get is None: return [files_in(item) for item in items]
     tried = [get(items[i]) for i in spread_over(len(items), 3)]
     if all(files_in(source) is None for source in tried): return [None]*len(items)
-    return [files_in(get(item)) for item in items]
+    found = (get(item) for item in items)
+    return [("None",) if source is None else files_in(source) for source in found]
 
 def _without_file(sources):
     "Places of the items of whose files one is not there, and that file: place -> file"
