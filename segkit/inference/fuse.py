@@ -70,7 +70,7 @@ def fuse(
         expected = [tree_leaves(exact(x)) for x in pictures]
         rewritten = merge_branches(copy.deepcopy(exact), pictures[0], 1e-6)
         fold_norms(rewritten)
-        fused = Fused(_as_graph(_with_inference_forms(rewritten)), model.encoder.in_channels)
+        fused = Fused(_as_graph(_with_inference_form(rewritten)), model.encoder.in_channels)
         for x, masks in zip(pictures, expected): _assert_same(tree_leaves(fused(x)), masks, x)
         return fused.to(like.device, dtype or like.dtype)
 
@@ -116,20 +116,15 @@ def _assert_same(got, expected, x):
                                "this is a bug, please report it")
 
 # %% ../../nbs/inference/10_fuse.ipynb #forms
-def _with_inference_forms(model):
-    "The model, its decoder and its heads in the forms that they have for inference"
+def _with_inference_form(model):
+    "The model, with its decoder in the form that it has for inference"
     # a forward of a user's own may read parts that a form does not have
     if not type(model).forward.__module__.startswith("segkit."): return model
-    inside = [*model.decoder.modules(), *model.segmentation_head.modules()]
-    model = _form_of(model, inside)
-    for name, part in list(model.named_children()):
-        setattr(model, name, _form_of(part, part.modules()))
+    decoder = model.decoder
+    own = "inference_form" in vars(type(decoder)) and "forward" not in vars(decoder)
+    known = all(_is_known(m) for m in decoder.modules() if m is not decoder)
+    if own and known: model.decoder = decoder.inference_form()
     return model
-
-def _form_of(part, inside):
-    own = "inference_form" in vars(type(part)) and "forward" not in vars(part)
-    known = all(_is_known(m) for m in inside if m is not part)
-    return part.inference_form() if own and known else part
 
 def _is_known(module):
     "Whether its `forward` is no user's"
