@@ -2,8 +2,13 @@
 import copy
 import pickle
 import warnings
+from functools import partial
+from unittest import mock
 
 import torch
+from torch import nn
+
+from segkit.encoders import get_encoder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -104,3 +109,72 @@ def survives(cls, **arguments):
     before = outputs(model, x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         for a, b in zip(outputs(other, x), before, strict=True): assert torch.equal(a, b)
+
+
+# encoders
+
+def on_meta(build, *args, **kwargs):
+    "Build where weights have a shape and no values: drawing them costs more than the tests"
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return build(*args, **kwargs)
+
+
+def filled(build, *args, **kwargs):
+    "A network in float64 with values for all tensors, statistics of norms among them"
+    model, generator = on_meta(build, *args, **kwargs).to_empty(device="cpu").double().eval(), torch.Generator().manual_seed(0)
+    for t in model.state_dict().values():
+        if not t.is_floating_point(): t.zero_()
+        elif t.dim() == 1: t.copy_(torch.rand(t.shape, generator=generator) + .5)
+        else: t.normal_(generator=generator).div_(t[0].numel()**.5)
+    return model
+
+
+def with_tensors(state, build, *args, **kwargs):
+    "A network of ours that holds these tensors; what it does not build, it must know of"
+    model = on_meta(build, *args, **kwargs)
+    own = model.state_dict()
+    spare = {name: tuple(t.shape) for name, t in state.items() if name not in own}
+    assert not spare or spare.items() <= model.unused_tensors().items()
+    model.load_state_dict({name: state[name] for name in own}, assign=True)
+    return model.eval()
+
+
+def smp_encoder(name, **arguments):
+    "SMP's transformers ask a tensor for its numbers while they are built"
+    with mock.patch("torch.linspace", partial(torch.linspace, device="cpu")):
+        return smp.encoders.get_encoder(name, weights=None, **arguments)
+
+
+def pair(name, **arguments):
+    "Our encoder and SMP's with the same random tensors, in float64"
+    theirs = filled(smp_encoder, name, **arguments)
+    return with_tensors(theirs.state_dict(), get_encoder, name, **arguments), theirs
+
+
+def shapes(state): return {name: tuple(t.shape) for name, t in state.items()}
+
+
+def settings(encoder):
+    "What a state dict does not hold: how each convolution and norm is set"
+    found = {}
+    for name, m in encoder.named_modules():
+        if isinstance(m, nn.Conv2d): found[name] = tuple(m.stride), tuple(m.dilation), m.groups, _cells_before(m)
+        if isinstance(m, nn.BatchNorm2d): found[name] = m.eps, round(m.momentum, 9)
+        if isinstance(m, nn.LayerNorm): found[name] = m.eps
+    return found
+
+
+def _cells_before(conv):
+    "Cells of padding above and left of a map; `static_padding` is SMP's name for it, `early` ours"
+    static = getattr(conv, "static_padding", None)
+    if isinstance(static, nn.ZeroPad2d): return static.padding[0]
+    return conv.padding[0] - (getattr(conv, "early", False) and conv.stride != (1, 1))
+
+
+@torch.no_grad()
+def same_maps(ours, theirs, x, tolerance=1e-10):
+    "All levels have SMP's channels and, where there are any, its sizes and numbers"
+    levels = list(zip(ours(x), theirs(x), strict=True))
+    for a, b in levels: assert a.shape == b.shape or a.shape[1] == b.shape[1] == 0
+    assert max(relative_error(a, b) for a, b in levels if a.numel()) < tolerance

@@ -132,16 +132,3 @@ def test_freezing_leaves_the_bridge():
 def test_choice_of_maps():
     assert choose_maps([12, 17]*3, [2, 3, 4, 5]) == [5]*4
     assert choose_maps([7, 14, 14, 14], [2, 3, 4, 5], spread=True) == [0, 0, 1, 3]
-
-
-@pytest.mark.parametrize("kwargs, error, says", [
-    ({"name": "tu-vit_tiny_patch16_224", "bridge": "simpel"}, ValueError, "did you mean 'simple'"),
-    ({"name": "tu-vit_tiny_patch16_224", "indices": [12]}, ValueError, "has the blocks 0 to 11"),
-    ({"name": "tu-vit_tiny_patch16_224", "depth": 6}, ValueError, "use a depth of 1 to 5"),
-    ({"name": "tu-vit_tiny_patch16_224", "colour": 1}, TypeError, "unexpected keyword argument 'colour'"),
-    ({"name": "tu-vit_tiny_patch16_224", "num_classes": 1}, ValueError, "'num_classes' of the timm model"),
-    ({"name": "tu-swin_tiny_patch4_window7_224", "output_stride": 16}, ValueError, "cannot be dilated.*bridge='resize'"),
-    ({"name": "resnet18", "bridge": "resize"}, TypeError, "has no argument 'bridge'"),
-])
-def test_errors_say_what_to_do(kwargs, error, says):
-    with pytest.raises(error, match=says): get_encoder(**kwargs)

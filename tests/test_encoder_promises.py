@@ -161,3 +161,31 @@ def test_preprocessing_of_a_tag(monkeypatch):
     for tag in ("imagenet", True, "ssl"):
         found = get_encoder("resnet18", weights=tag, in_channels=4).preprocessing
         assert found == {"input_space": "RGB", "input_range": [0, 1], "mean": [.485, .456, .406], "std": [.229, .224, .225]}
+
+
+# freezing
+
+WAYS = {  # by which a norm may be told to train, and what then runs
+    "model": lambda model: model.train(),
+    "encoder": lambda model: model.encoder.train() and model,
+    "stage": lambda model: model.encoder.layer2.train() and model.encoder.layer1.train() and model,
+    "norm": lambda model: model.encoder.bn1.train() and model,
+    "each module": lambda model: model.apply(lambda module: module.train()),
+    "as any module": lambda model: nn.Module.train(model),
+    "another model around the encoder": lambda model: FPN(model.encoder, classes=2).train(),
+    "another depth": lambda model: FPN(model.encoder, encoder_depth=4).train(),
+    "a copy around the same tensors": lambda model: get_encoder(model.encoder, use_checkpoint=True).train(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stages", [None, [1, 2]], ids=["whole", "stages"])
+def test_a_frozen_encoder_keeps_its_statistics_whatever_train_is_called_on(way, stages):
+    model = Unet("resnet18", encoder_weights=None, decoder_channels=(8,)*5)
+    model.freeze_encoder(stages)
+    frozen = [m for name, m in model.encoder.named_modules() if isinstance(m, nn.BatchNorm2d) and (stages is None or name.startswith(("bn1", "layer1")))]
+    before = [copy.deepcopy(m.state_dict()) for m in frozen]
+    WAYS[way](model)(torch.randn(2, 3, 64, 64) + 1)
+    assert all(torch.equal(t, old[k]) for m, old in zip(frozen, before, strict=True) for k, t in m.state_dict().items())
+    model.unfreeze_encoder()
+    assert all(m.training for m in model.train().modules())

@@ -31,7 +31,7 @@ class _Facts:
     preprocessing: Mapping[str, Any] = {}  # how its weights want images; {} if nobody knows
 
     @property
-    def out_channels(self) -> list[int]: # Channels of each map, finest first; 0 for a level that does not exist
+    def out_channels(self) -> list[int]: # Channels of each map, finest first; 0 for no map
         return list(self._out_channels[:self._depth + 1])
 
     @property
@@ -52,7 +52,7 @@ class _Changes(_Facts):
     def set_in_channels(self,
         in_channels: int, # Channels of the images to come
         pretrained: bool = True, # Adapt the weights; False starts the first layer afresh
-        strategy: str | Callable = "tile", # Name in `channel_strategies`, or a function of weight and `in_channels`
+        strategy: str | Callable = "tile", # Name of a channel strategy, or a function
     ) -> None:
         "Adapt the first convolution to images with `in_channels` channels"
         old = self._in_channels
@@ -63,11 +63,11 @@ class _Changes(_Facts):
             self._out_channels = [in_channels, *self._out_channels[1:]]
         self._in_channels = in_channels
 
-    def first_layers(self) -> list[nn.Module]: # Parts of which each one's first convolution reads the image
+    def first_layers(self) -> list[nn.Module]: # Parts whose first convolution reads the image
         "What `set_in_channels` adapts"
         return [self]
 
-    def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules that bring the map to that stride
+    def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules that reach it
         "Stages that `make_dilated` can dilate; an encoder without any cannot be dilated"
         return {}
 
@@ -107,7 +107,7 @@ class EncoderMixin(_Changes, StoredNames):
     _made_with = None  # mapping of the arguments that build it at its full depth; None if unknown
     dropped = classifiers
 
-    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, 1 the finest -> names of its parameters
+    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, from 1 -> names of parameters
         "What belongs to each stage, as `parameter_stages` measures it"
         table: dict[int, list[str]] = {}
         for name, stage in parameter_stages(self).items():
@@ -117,18 +117,22 @@ class EncoderMixin(_Changes, StoredNames):
     def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
         "Tensors that checkpoints of this encoder may hold and that it does not build"
         if self._made_with is None: return {}
-        return shapes(lambda: type(self)(**self._made_with))
+        return shapes(self._whole)
 
     def spellings(self, name: str) -> Iterable[str]: # Names that the tensor may have here
         "Encoders made of timm models were stored without `model.`, once with other dots"
         return f"model.{name}", "model." + name.replace(".", "_", 1)
 
+    def _whole(self) -> nn.Module: # A network that has the tensors of a checkpoint
+        "The encoder at its full depth"
+        return type(self)(**self._made_with)
+
 # %% ../../nbs/encoders/00_base.ipynb #check
 def check_encoder(
     encoder: nn.Module, # Encoder
-    size: int | tuple[int, int] | None = None, # Height and width of the image that it is tried on, multiples of 32; None for one that the encoder takes
+    size: int | tuple[int, int] | None = None, # Of the image, multiples of 32
 ) -> None:
-    "Raise `TypeError` or `ValueError` that names what breaks the contract of an encoder, and which level"
+    "Raise `TypeError` or `ValueError` that names the level which breaks the contract"
     _check_attributes(encoder)
     if size is None: size = encoder._probe_size
     if isinstance(size, int): size = size, size
@@ -140,7 +144,8 @@ def _check_attributes(encoder):
     "The three attributes are there, and are what they should be"
     owner = type(encoder).__name__
     if not (isinstance(encoder, nn.Module) and isinstance(encoder, EncoderMixin)):
-        raise TypeError(f"{owner} is not an encoder: write `class {owner}(nn.Module, EncoderMixin)`")
+        raise TypeError(f"{owner} is not an encoder: "
+                        f"write `class {owner}(nn.Module, EncoderMixin)`")
     for name, (kind, example) in _ATTRIBUTES.items():
         value = getattr(encoder, name, "missing")
         if isinstance(value, kind): continue
@@ -174,9 +179,9 @@ def _check_level(encoder, level, f, size):
     expected = (1, channels, *(-(-n//stride) for n in size))
     got = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
     if got != expected:
-        raise ValueError(f"{type(encoder).__name__}: level {level} is {got}, expected {expected} for "
-                         f"an image of {size[0]} x {size[1]}: _out_channels[{level}]={channels} "
-                         f"at stride {stride}")
+        raise ValueError(f"{type(encoder).__name__}: level {level} is {got}, expected {expected} "
+                         f"for an image of {size[0]} x {size[1]}: "
+                         f"_out_channels[{level}]={channels} at stride {stride}")
 
 # %% ../../nbs/encoders/00_base.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

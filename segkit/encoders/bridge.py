@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..core.layers import LayerNorm2d
 from ..core.registry import check_choice
 from .base import EncoderMixin
-from .fit import Fit, find_fit, level_size
+from .fit import Fit, fill_levels, find_fit
 from .probing import parameter_stages, unused_parameters
 from .timm_models import (
     check_timm_arguments, meta_model, native_size, once_for_each, refused_by_timm)
@@ -32,7 +32,7 @@ def level_of(
 def choose_maps(
     strides: Sequence[int], # Strides of the maps that there are
     levels: Sequence[int], # Levels wanted
-    spread: bool = False, # Whether levels that share a stride take different maps; else each takes the last
+    spread: bool = False, # Whether levels that share a stride take different maps
 ) -> list[int]: # For each level, the position of the map that it is made from
     "A map of the level itself, or of the nearest level that has one"
     at: dict[int, list[int]] = {}  # level -> positions of its maps
@@ -72,7 +72,7 @@ bridges: dict[str, tuple[Callable[[int, int], tuple[nn.Module, int]], bool]] = {
 
 # %% ../../nbs/encoders/21_bridge.ipynb #encoder
 class TimmBridgeEncoder(EncoderMixin, nn.Module):
-    "A pyramid from the blocks of any [timm](https://huggingface.co/docs/timm) model [(Li et al., 2022)](https://arxiv.org/abs/2203.16527)"
+    "A pyramid from blocks of any timm model [(Li et al., 2022)](https://arxiv.org/abs/2203.16527)"
     def __init__(self,
         name: str, # Name of a timm model, with or without tag
         pretrained: bool = False, # Load timm's weights of that tag
@@ -85,20 +85,14 @@ class TimmBridgeEncoder(EncoderMixin, nn.Module):
     ):
         super().__init__()
         build, spread = bridges[check_choice("bridge", bridge, bridges)]
-        strides = _block_strides(name, indices)
-        self._targets = _targets(name, list(strides.values()), depth, output_stride)
-        positions = choose_maps(list(strides.values()), list(self._targets.values()), spread)
-        self._source = {level: list(strides)[i] for level, i in zip(self._targets, positions)}
+        self._source, self._targets = _plan(name, indices, depth, output_stride, spread)
         self.indices = sorted(set(self._source.values()))
         self.model, self.fit, self._norm, self._made_with = _read_until(
             name, pretrained, in_channels, self.indices, kwargs)
         self.name, self._in_channels, self._depth = name, in_channels, depth
         self._output_stride = 2**max(self._targets.values())
-        self._out_channels, self.bridge = [in_channels] + [0]*depth, nn.ModuleDict()
-        for level, i in self._source.items():
-            steps = level_of(strides[i]) - self._targets[level]
-            layers, width = build(block_facts(name).channels[i], steps)
-            self.bridge[str(level)], self._out_channels[level] = layers, width
+        self.bridge, channels = _bridge(build, block_facts(name), self._source, self._targets)
+        self._out_channels = [in_channels, *(channels.get(i, 0) for i in range(1, depth + 1))]
         # a weight that never gets a gradient stops training on several GPUs
         for p in unused_parameters(self): p.requires_grad_(False)
 
@@ -106,54 +100,30 @@ class TimmBridgeEncoder(EncoderMixin, nn.Module):
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
         seen = self.fit.image(x)
-        maps = dict(zip(self.indices, self.blocks(seen, self.indices, self._norm)))
-        features = [x]
-        for level in range(1, self._depth + 1):
-            if level in self._source:
-                f = self.bridge[str(level)](maps[self._source[level]])
-                features.append(self.fit.map(f, 2**self._targets[level], x, seen))
-            else: features.append(x.new_empty(x.shape[0], 0, *level_size(x, 2**level)))
-        return features
+        blocks = dict(zip(self.indices, _block_maps(self.model, seen, self.indices, self._norm)))
+        maps = {}
+        for level, i in self._source.items():
+            if level > self._depth: break
+            f = self.bridge[str(level)](blocks[i])
+            maps[level] = self.fit.map(f, 2**self._targets[level], x, seen)
+        return fill_levels(x, maps, self._depth)
 
-    def blocks(self,
-        x: Tensor, # Image of a size that the model takes `(b, in_channels, h, w)`
-        indices: Sequence[int], # Blocks, in their order
-        norm: bool = False, # Apply the model's last norm
-    ) -> list[Tensor]: # A map `(b, c, h/s, w/s)` for each block, without tokens that have no place
-        "The maps between the blocks"
-        return _block_maps(self.model, x, indices, norm)
-
-    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, 1 the finest -> names of its parameters
+    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, from 1 -> names of parameters
         "Quarters of the model, by depth, and the bridge as the last stage"
-        quarters = parameter_stages(_Quarters(self))
-        unused = {id(p) for p in unused_parameters(self)}
-        last = max(quarters.values())
-        table: dict[int, list[str]] = {stage: [] for stage in range(1, last + 1)}
-        for name, p in self.named_parameters():
-            if id(p) in unused: continue
-            # the last norm belongs to the last quarter
-            stage = quarters.get(f"encoder.{name}", last)
-            if name.startswith("bridge."): stage = last + 1
-            table.setdefault(stage, []).append(name)
-        return table
+        return _stages(self)
 
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
-        "Tensors of the whole model, of which this one builds a part"
-        whole = meta_model(self.name, **self._made_with)
-        return {f"model.{name}": tuple(t.shape) for name, t in whole.state_dict().items()}
+    def _whole(self):
+        "The model with all its blocks"
+        return nn.ModuleDict({"model": meta_model(self.name, **self._made_with)})
 
-# %% ../../nbs/encoders/21_bridge.ipynb #encoder-helpers
-class _Quarters(nn.Module, EncoderMixin):
-    "An image and the maps after each quarter of the blocks, as `parameter_stages` reads them"
-    def __init__(self, encoder):
-        super().__init__()
-        blocks = encoder.indices[-1] + 1
-        ends = sample_block_indices_uniformly(min(4, blocks), blocks)
-        self.indices = sorted({max(0, i) for i in ends})
-        self.encoder, self._in_channels = encoder, encoder._in_channels
-        self._depth = len(self.indices)
-
-    def forward(self, x): return [x, *self.encoder.blocks(self.encoder.fit.image(x), self.indices)]
+# %% ../../nbs/encoders/21_bridge.ipynb #encoder-plan
+def _plan(name, indices, depth, output_stride, spread):
+    "Level -> block that it is made of, and level -> level whose stride it has"
+    strides = _block_strides(name, indices)
+    targets = _targets(name, list(strides.values()), depth, output_stride)
+    positions = choose_maps(list(strides.values()), list(targets.values()), spread)
+    blocks = list(strides)
+    return {level: blocks[i] for level, i in zip(targets, positions)}, targets
 
 def _block_strides(name, indices):
     "Number of each block that may be read -> its stride"
@@ -176,6 +146,15 @@ def _targets(name, strides, depth, output_stride):
     finest = 1 if depth == 1 else max(1, min(2, depth, *map(level_of, strides)))
     coarsest = depth if output_stride == 32 else level_of(output_stride)
     return {level: min(level, coarsest) for level in range(finest, depth + 1)}
+
+# %% ../../nbs/encoders/21_bridge.ipynb #encoder-bridge
+def _bridge(build, facts, source, targets):
+    "What makes each level of its block, and the level's channels"
+    bridge, channels = nn.ModuleDict(), {}
+    for level, i in source.items():
+        steps = level_of(facts.strides[i]) - targets[level]
+        bridge[str(level)], channels[level] = build(facts.channels[i], steps)
+    return bridge, channels
 
 # %% ../../nbs/encoders/21_bridge.ipynb #build
 def _block_maps(model, x, indices, norm=False):
@@ -219,6 +198,35 @@ def _norm_fits(model, fit, indices):
             without = _block_maps(model, image, indices, norm=False)
     except Exception: return False
     return [f.shape for f in with_norm] == [f.shape for f in without]
+
+# %% ../../nbs/encoders/21_bridge.ipynb #stages
+class _Quarters(nn.Module, EncoderMixin):
+    "An image and the maps after each quarter of the blocks, as `parameter_stages` reads them"
+    def __init__(self, encoder):
+        super().__init__()
+        blocks = encoder.indices[-1] + 1
+        ends = sample_block_indices_uniformly(min(4, blocks), blocks)
+        self.indices = sorted({max(0, i) for i in ends})
+        self.encoder, self._in_channels = encoder, encoder._in_channels
+        self._depth = len(self.indices)
+
+    def forward(self, x):
+        seen = self.encoder.fit.image(x)
+        return [x, *_block_maps(self.encoder.model, seen, self.indices)]
+
+def _stages(encoder):
+    "Stage -> names of its parameters"
+    quarters = parameter_stages(_Quarters(encoder))
+    unused = {id(p) for p in unused_parameters(encoder)}
+    last = max(quarters.values())
+    table: dict[int, list[str]] = {stage: [] for stage in range(1, last + 1)}
+    for name, p in encoder.named_parameters():
+        if id(p) in unused: continue
+        # the last norm belongs to the last quarter
+        stage = quarters.get(f"encoder.{name}", last)
+        if name.startswith("bridge."): stage = last + 1
+        table.setdefault(stage, []).append(name)
+    return table
 
 # %% ../../nbs/encoders/21_bridge.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -72,7 +72,8 @@ def _unknown(name):
     "What to do about a name that nobody knows"
     close = " or ".join(map(repr, nearest(name, encoders)))
     hint = f"; did you mean {close}?" if close else ""
-    return (f"there is no encoder {name!r}{hint} Native names: segkit.encoders.get_encoder_names(); "
+    return (f"there is no encoder {name!r}{hint} "
+            "Native names: segkit.encoders.get_encoder_names(); "
             "any timm name works as well, as 'tu-<timm name>'. Your own: "
             "segkit.encoders.encoders[name] = {'encoder': YourClass, 'pretrained_settings': {}, "
             "'params': {}}")
@@ -101,12 +102,12 @@ def _from_module(module, depth, weights, kwargs):
 
 # %% ../../nbs/encoders/00c_build.ipynb #get
 def get_encoder(
-    name: str | type | nn.Module, # Name of an encoder, class of one, or a module that is built already
+    name: str | type | nn.Module, # Name of an encoder, its class, or a built module
     in_channels: int = 3, # Channels of the image
     depth: int = 5, # How many times the size is halved
-    weights: Any = None, # None or False; True or a tag; a file; a state dict; a function that returns one
+    weights: Any = None, # None, False, True, a tag, a file, a state dict, or a function of nothing
     output_stride: int = 32, # Stride of the deepest map: 8 or 16 dilates the last stages
-    channel_strategy: str | Callable[[Tensor, int], Tensor] = "tile", # How weights for 3 channels become weights for `in_channels`
+    channel_strategy: str | Callable[[Tensor, int], Tensor] = "tile", # Adapts the first layer
     use_checkpoint: bool = False, # Recompute blocks in the backward pass, which saves memory
     **kwargs, # Arguments of the encoder's class
 ) -> nn.Module: # Encoder, with `EncoderMixin`
@@ -158,7 +159,7 @@ def get_encoder_names() -> list[str]: # Names in the table of encoders
 
 def register_encoder(
     name: str, # Name to use as `encoder_name`
-    pretrained_settings: Mapping[str, Mapping[str, Any]] | None = None, # Tag -> `url` and statistics of its weights
+    pretrained_settings: Mapping[str, Mapping[str, Any]] | None = None, # Tag -> `url`, statistics
     **params, # Arguments of the class, besides `depth`
 ) -> Callable: # Decorator that enters an encoder class and returns it
     "Enter an encoder class in the table `encoders`"

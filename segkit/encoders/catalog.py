@@ -63,13 +63,13 @@ def _measured_row(name, entry):
 permissive = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")
 
 def list_encoders(
-    pattern: str | Sequence[str] = "*", # Pattern of names, such as "*convnext*" or "tu-resnet*", or several
+    pattern: str | Sequence[str] = "*", # Pattern of names, such as "tu-resnet*", or several
     pretrained: bool | None = None, # True: only with weights; False: only without; None: all
     max_params: float | None = None, # Most parameters
     max_multiply_adds: float | None = None, # Most multiply-adds
-    license: str | Sequence[str] | None = None, # "permissive", a licence or several: keep weights under these
+    license: str | Sequence[str] | None = None, # "permissive", a licence, or several
     kind: str | None = None, # "native", "pyramid" or "bridge"
-) -> "DataFrame": # A row for each encoder: name, parameters, multiply-adds at 224 x 224, strides, channels, tags, licences
+) -> "DataFrame": # A row for each encoder
     "Find an encoder"
     import pandas as pd
     check_choice("kind", kind, [None, "native", "pyramid", "bridge"])

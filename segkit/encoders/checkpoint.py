@@ -20,7 +20,7 @@ containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def checkpoint_units(
     encoder: nn.Module, # Encoder, or any other network
-) -> dict[str, nn.Module]: # Name -> block; the network itself, under the name "", where it has no blocks
+) -> dict[str, nn.Module]: # Name -> block; "" -> the network itself, where it has none
     "The blocks of a network: innermost members of sequences that hold two weights or more"
     blocks = set()
     for sequence in encoder.modules():
@@ -51,7 +51,7 @@ def kept_statistics(
 
 # %% ../../nbs/encoders/80_checkpoint.ipynb #forward
 class Recomputed:
-    "In place of a module's `forward`: keep the input, and run again when the gradient is asked for [(Chen et al., 2016)](https://arxiv.org/abs/1604.06174)"
+    "A `forward` that runs twice [(Chen et al., 2016)](https://arxiv.org/abs/1604.06174)"
     def __init__(self,
         module: nn.Module, # Module whose class has the `forward` to run
     ):

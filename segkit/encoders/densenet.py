@@ -19,7 +19,7 @@ class DenseNetEncoder(SequenceEncoder):
     "[DenseNet](https://arxiv.org/abs/1608.06993) (Huang et al., 2016)"
     dilatable = False
 
-    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Position of the layer that ends each level, finest first
+    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Last layer of each level
         "At the first norm, in each transition, and at the last norm"
         return [i for i, name in enumerate(layers) if name.startswith(("norm", "transition"))]
 

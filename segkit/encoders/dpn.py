@@ -15,7 +15,7 @@ from .native import SequenceEncoder, imagenet_stats, register_native, smp_weight
 # %% ../../nbs/encoders/08_dpn.ipynb #encoder
 class DPNEncoder(SequenceEncoder):
     "[Dual Path Networks](https://arxiv.org/abs/1707.01629) (Chen et al., 2017)"
-    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Position of the layer that ends each level, finest first
+    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Last layer of each level
         "At `conv1_1`, and at the last layer of each of the levels 2 to 5"
         levels = [name.partition("_")[0] for name in layers]
         last = {level: i for i, level in enumerate(levels)}
@@ -28,14 +28,22 @@ class DPNEncoder(SequenceEncoder):
 # %% ../../nbs/encoders/08_dpn.ipynb #variants
 dpn_stats = imagenet_stats | {"mean": [124/255, 117/255, 104/255], "std": [1/(.0167*255)]*3}
 
+_dpn68 = (3, 10, 144, 320, 704, 832)
+_dpn92 = (3, 64, 336, 704, 1552, 2688)
+_dpn98 = (3, 96, 336, 768, 1728, 2688)
+_dpn107 = (3, 128, 376, 1152, 2432, 2688)
+_dpn131 = (3, 128, 352, 832, 1984, 2688)
+
 for _name, _channels, _tag, _revision in [
-    ("dpn68", (3, 10, 144, 320, 704, 832), "imagenet", "c209aefdeae6bc93937556629e974b44d4e58535"),
-    ("dpn68b", (3, 10, 144, 320, 704, 832), "imagenet+5k", "6c6615e77688e390ae0eaa81e26821fbd83cee4b"),
-    ("dpn92", (3, 64, 336, 704, 1552, 2688), "imagenet+5k", "d231f51ce4ad2c84ed5fcaf4ef0cfece6814a526"),
-    ("dpn98", (3, 96, 336, 768, 1728, 2688), "imagenet", "b2836c86216c1ddce980d832f7deaa4ca22babd3"),
-    ("dpn107", (3, 128, 376, 1152, 2432, 2688), "imagenet+5k", "dab4cd6b8b79de3db970f2dbff85359a8847db05"),
-    ("dpn131", (3, 128, 352, 832, 1984, 2688), "imagenet", "04bbb9f415ca2bb59f3d8227857967b74698515e"),
-]: register_native(DPNEncoder, _name, _channels, smp_weights(_name, {_tag: _revision}, **{_tag: dpn_stats}))
+    ("dpn68", _dpn68, "imagenet", "c209aefdeae6bc93937556629e974b44d4e58535"),
+    ("dpn68b", _dpn68, "imagenet+5k", "6c6615e77688e390ae0eaa81e26821fbd83cee4b"),
+    ("dpn92", _dpn92, "imagenet+5k", "d231f51ce4ad2c84ed5fcaf4ef0cfece6814a526"),
+    ("dpn98", _dpn98, "imagenet", "b2836c86216c1ddce980d832f7deaa4ca22babd3"),
+    ("dpn107", _dpn107, "imagenet+5k", "dab4cd6b8b79de3db970f2dbff85359a8847db05"),
+    ("dpn131", _dpn131, "imagenet", "04bbb9f415ca2bb59f3d8227857967b74698515e"),
+]:
+    _weights = smp_weights(_name, {_tag: _revision}, **{_tag: dpn_stats})
+    register_native(DPNEncoder, _name, _channels, _weights)
 
 # %% ../../nbs/encoders/08_dpn.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -9,13 +9,13 @@ __all__ = ['b0_groups', 'StaticPadConv2d', 'scaled_width', 'halved_sides', 'MBCo
 # %% ../../nbs/encoders/11_efficientnet.ipynb #imports
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..core.registry import encoders
 from .base import EncoderMixin
-from .native import check_depth, fan_out, half_stats, register_native, smp_weights
+from .native import (
+    check_depth, fan_out, half_stats, maps_along, register_native, smp_weights)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #pad
 class StaticPadConv2d(nn.Conv2d):
@@ -30,13 +30,15 @@ class StaticPadConv2d(nn.Conv2d):
         odd: bool = False, # Whether it was trained on maps of odd size
     ):
         padding = kernel_size//2
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding,
+                         groups=groups, bias=False)
         self.early = stride > 1 and not odd
 
     def forward(self,
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`, rounded up
-        if not self.early or self.stride == (1, 1): return super().forward(x)  # stride 1 after dilation
+        plain = not self.early or self.stride == (1, 1)  # stride 1 after dilation
+        if plain: return super().forward(x)
         before, after = self.kernel_size[0]//2 - 1, self.kernel_size[0]//2 + 1
         x = F.pad(x, (before, after, before, after))
         return F.conv2d(x, self.weight, None, self.stride, groups=self.groups)
@@ -65,7 +67,7 @@ def halved_sides(
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #mbconv
 class MBConvBlock(nn.Module):
-    "Widen, look around, weigh the channels, narrow [(Tan and Le, 2019)](https://arxiv.org/abs/1905.11946)"
+    "Widen, look around, weigh the channels, narrow"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
@@ -105,14 +107,14 @@ def _norm(channels): return nn.BatchNorm2d(channels, eps=1e-3, momentum=.01)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #encoder
 class EfficientNetEncoder(EncoderMixin, nn.Module):
-    "[EfficientNet](https://arxiv.org/abs/1905.11946) (Tan and Le, 2019) with SMP's padding, taps and names"
+    "[EfficientNet](https://arxiv.org/abs/1905.11946) (Tan and Le, 2019), as SMP has it"
     def __init__(self,
         width: float = 1., # Factor of the channels
         repeat: float = 1., # Factor of the number of blocks
         side: int = 224, # Side of the pictures that the variant was made for
-        taps: Sequence[int] | None = None, # Number of the block after which levels 2 to 5 are taken; None for the ends of the groups
+        taps: Sequence[int] | None = None, # Last blocks of levels 2 to 5; None: of groups
         depth: int = 5, # Levels to build
-        drop_path_rate: float = .2, # Probability of leaving out the last block in training; earlier ones in proportion
+        drop_path_rate: float = .2, # Probability of leaving out the last block
     ):
         super().__init__()
         check_depth("EfficientNet", depth, 5)
@@ -125,33 +127,27 @@ class EfficientNetEncoder(EncoderMixin, nn.Module):
         self._bn0, self.act = _norm(stem), nn.SiLU()
         built = self.taps[depth - 2] + 1 if depth > 1 else 0
         rates = [drop_path_rate*i/len(plan) for i in range(built)]
-        self._blocks = nn.ModuleList(MBConvBlock(*plan[i], drop_path=rate) for i, rate in enumerate(rates))
+        blocks = (MBConvBlock(*row, drop_path=rate) for row, rate in zip(plan, rates))
+        self._blocks = nn.ModuleList(blocks)
         self.apply(fan_out)
 
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
-        features = [x]
-        x = self.act(self._bn0(self._conv_stem(x)))
-        features.append(x)
-        for i, block in enumerate(self._blocks):
-            x = block(x)
-            if i in self.taps: features.append(x)
-        return features
+        stem = self.act(self._bn0(self._conv_stem(x)))
+        return [x, stem, *maps_along(self._blocks, stem, self.taps[:self._depth - 1])]
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
         "The blocks of strides 16 and 32"
         _, eighth, sixteenth, _ = self.taps
         return {16: list(self._blocks[eighth+1:sixteenth+1]), 32: list(self._blocks[sixteenth+1:])}
 
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
-        "Tensors of the deeper stages and of the classifier's first layer"
-        with torch.device("meta"):
-            whole = type(self)(**self._made_with)
-            head = scaled_width(1280, self._made_with["width"])
-            whole._conv_head = nn.Conv2d(whole._out_channels[5], head, 1, bias=False)
-            whole._bn1 = nn.BatchNorm2d(head)
-        return {name: tuple(t.shape) for name, t in whole.state_dict().items()}
+    def _whole(self):
+        "All stages, and the classifier's first layer"
+        whole, head = super()._whole(), scaled_width(1280, self._made_with["width"])
+        whole._conv_head = nn.Conv2d(whole._out_channels[5], head, 1, bias=False)
+        whole._bn1 = nn.BatchNorm2d(head)
+        return whole
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #plan
 def _plan_blocks(width, repeat, side):
@@ -186,18 +182,19 @@ for _name, _width, _repeat, _side, _imagenet, _advprop in [
      "8570752016f7c62ae149cffa058550fe44e21c8b", "c2dbb4d1359151165ec7b96cfe54a9cac2142a31"),
     ("b7", 2.0, 3.1, 600,
      "5a5dbe687d612ebc3dca248274fd1191111deda6", "ce33edb4e80c0cde268f098ae2299e23f615577d"),
-]: encoders.register(
-    f"efficientnet-{_name}",
-    params={"width": _width, "repeat": _repeat, "side": _side,
-            "taps": (2, 4, 8, 15) if _name == "b0" else None},
-    pretrained_settings=smp_weights(
-        f"efficientnet-{_name}", {"imagenet": _imagenet, "advprop": _advprop}, advprop=half_stats),
-)(EfficientNetEncoder)
+]:
+    _native = f"efficientnet-{_name}"
+    _taps = (2, 4, 8, 15) if _name == "b0" else None
+    _params = {"width": _width, "repeat": _repeat, "side": _side, "taps": _taps}
+    _revisions = {"imagenet": _imagenet, "advprop": _advprop}
+    _weights = smp_weights(_native, _revisions, advprop=half_stats)
+    _register = encoders.register(_native, params=_params, pretrained_settings=_weights)
+    _register(EfficientNetEncoder)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #timm
 class TimmEfficientNetEncoder(EncoderMixin, nn.Module):
     "timm's EfficientNet, with the taps of SMP"
-    ends = (2, 3, 5, 7)  # groups of blocks up to levels 2 to 5
+    ends = (1, 2, 4, 6)  # groups of blocks that end the levels 2 to 5
 
     def __init__(self,
         name: str, # Name of the timm model
@@ -209,7 +206,7 @@ class TimmEfficientNetEncoder(EncoderMixin, nn.Module):
         import timm
         check_depth("EfficientNet", depth, 5)
         model = timm.create_model(name, pretrained=False, **kwargs)
-        built = (0, *self.ends)[depth - 1]
+        built = self.ends[depth - 2] + 1 if depth > 1 else 0
         self.conv_stem, self.bn1, self.blocks = model.conv_stem, model.bn1, model.blocks[:built]
         self._depth, self._out_channels = depth, list(out_channels)
         self._made_with = {"model_name": name, **kwargs}
@@ -217,30 +214,28 @@ class TimmEfficientNetEncoder(EncoderMixin, nn.Module):
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
-        features = [x]
-        x = self.bn1(self.conv_stem(x))
-        features.append(x)
-        for i, group in enumerate(self.blocks, 1):
-            x = group(x)
-            if i in self.ends: features.append(x)
-        return features
+        stem = self.bn1(self.conv_stem(x))
+        return [x, stem, *maps_along(self.blocks, stem, self.ends[:self._depth - 1])]
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
         "The groups of strides 16 and 32"
         return {16: list(self.blocks[3:5]), 32: list(self.blocks[5:7])}
 
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
-        "Tensors of the deeper stages and of the classifier's first layer"
+    def _whole(self):
+        "All stages, and the classifier's first layer"
         import timm
-        with torch.device("meta"):
-            whole = timm.create_model(**self._made_with, pretrained=False, num_classes=0)
-        return {name: tuple(t.shape) for name, t in whole.state_dict().items()}
+        return timm.create_model(**self._made_with, pretrained=False, num_classes=0)
+
+# %% ../../nbs/encoders/11_efficientnet.ipynb #timm-register
+def _register_timm(native, variant, width, weights, stem=None):
+    "Enter a variant of timm's in the table of encoders"
+    first = stem or scaled_width(32, width)
+    channels = [3, first, *(scaled_width(n, width) for n in (24, 40, 112, 320))]
+    register_native(
+        TimmEfficientNetEncoder, native, channels, weights, timm_name=f"efficientnet_{variant}",
+        drop_path_rate=.2, replaced_by=f"tu-tf_efficientnet_{variant}")
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #timm-variants
-def _channels(width, stem=None):
-    first = stem or scaled_width(32, width)
-    return [3, first, *(scaled_width(channels, width) for channels in (24, 40, 112, 320))]
-
 _tags = ("imagenet", "advprop", "noisy-student")
 
 for _name, _width, _revisions in [
@@ -279,17 +274,16 @@ for _name, _width, _revisions in [
     ("b8", 2.2, (
         "b5e9dde35605a3a6d17ea2a727382625f9066a37",
         "e43f381de72e7467383c2c80bacbb7fcb9572866")),
-]: register_native(
-    TimmEfficientNetEncoder, f"timm-efficientnet-{_name}", _channels(_width),
-    weights=smp_weights(f"timm-efficientnet-{_name}", dict(zip(_tags, _revisions)), advprop=half_stats),
-    timm_name=f"efficientnet_{_name}", drop_path_rate=.2, replaced_by=f"tu-tf_efficientnet_{_name}")
+]:
+    _native = f"timm-efficientnet-{_name}"
+    _weights = smp_weights(_native, dict(zip(_tags, _revisions)), advprop=half_stats)
+    _register_timm(_native, _name, _width, _weights)
 
-register_native(
-    TimmEfficientNetEncoder, "timm-efficientnet-l2", _channels(4.3),
-    weights=smp_weights("timm-efficientnet-l2", {
-        "noisy-student": "cdc711e76d1becdd9197169f1a8bb1b2094e980c",
-        "noisy-student-475": "35f5ba667a64bf4f3f0689daf84fc6d0f8e1311b"}),
-    timm_name="efficientnet_l2", drop_path_rate=.2, replaced_by="tu-tf_efficientnet_l2")
+# %% ../../nbs/encoders/11_efficientnet.ipynb #l2-variant
+_weights = smp_weights("timm-efficientnet-l2", {
+    "noisy-student": "cdc711e76d1becdd9197169f1a8bb1b2094e980c",
+    "noisy-student-475": "35f5ba667a64bf4f3f0689daf84fc6d0f8e1311b"})
+_register_timm("timm-efficientnet-l2", "l2", 4.3, _weights)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #lite-variants
 for _name, _width, _revision in [
@@ -298,10 +292,10 @@ for _name, _width, _revision in [
     ("lite2", 1.1, "cc5f6cd4c7409ebacc13292f09d369ae88547f6a"),
     ("lite3", 1.2, "ab29c8402991591d66f813bbb1f061565d9b0cd0"),
     ("lite4", 1.4, "91a822e0f03c255b34dfb7846d3858397e50ba39"),
-]: register_native(
-    TimmEfficientNetEncoder, f"timm-tf_efficientnet_{_name}", _channels(_width, stem=32),
-    weights=smp_weights(f"timm-tf_efficientnet_{_name}", {"imagenet": _revision}, imagenet=half_stats),
-    timm_name=f"efficientnet_{_name}", drop_path_rate=.2, replaced_by=f"tu-tf_efficientnet_{_name}")
+]:
+    _native = f"timm-tf_efficientnet_{_name}"
+    _weights = smp_weights(_native, {"imagenet": _revision}, imagenet=half_stats)
+    _register_timm(_native, _name, _width, _weights, stem=32)
 
 # %% ../../nbs/encoders/11_efficientnet.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

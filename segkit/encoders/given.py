@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from ..core.geometry import resize
 from .base import EncoderMixin
-from .fit import level_size
+from .fit import fill_levels, level_size
 from .probing import probe
 
 # %% ../../nbs/encoders/81_given.ipynb #read
@@ -55,7 +55,8 @@ def arrange(
     plan = {f.level: i for i, f in enumerate(found) if f.level <= depth}
     deepest = max(plan, default=0)
     last = [i for i, f in enumerate(found) if f.level == deepest]
-    dilated = 2 < deepest < depth and len(last) > depth - deepest  # several maps share the last stride
+    # several maps share the last stride
+    dilated = 2 < deepest < depth and len(last) > depth - deepest
     if dilated: plan |= dict(zip(range(depth, deepest - 1, -1), reversed(last)))
     missing = [level for level in range(2, depth + 1) if level not in plan]
     if missing: raise ValueError(_holes(owner, found, depth, deepest, missing))
@@ -68,16 +69,17 @@ def _holes(owner, found, depth, deepest, missing):
         return (f"encoder_depth={depth}, but the maps of {owner} have strides {strides}: "
                 f"pass encoder_depth={deepest}")
     needed = ", ".join(str(2**level) for level in missing)
-    return (f"the maps of {owner} have strides {strides}, and a pyramid of depth {depth} also needs "
-            f"{needed}. A timm model by its name, encoder_name='tu-<timm name>', may do better")
+    return (f"the maps of {owner} have strides {strides}, and a pyramid of depth {depth} "
+            f"also needs {needed}. A timm model by its name, encoder_name='tu-<timm name>', "
+            "may do better")
 
 # %% ../../nbs/encoders/81_given.ipynb #encoder
 class ModuleEncoder(nn.Module, EncoderMixin):
     "A module that returns feature maps, behind the contract of an encoder"
     def __init__(self,
-        model: nn.Module, # Module that returns a list or dict of maps; or a timm model, of which a copy is taken
+        model: nn.Module, # Returns a list or dict of maps; or a timm model, which is copied
         depth: int = 5, # Deepest level
-        size: tuple[int, int] | None = None, # Height and width of a trial image, for a model that takes no other
+        size: tuple[int, int] | None = None, # The one size that it takes; None for any
     ):
         super().__init__()
         self._classifier = hasattr(model, "forward_intermediates")
@@ -86,43 +88,41 @@ class ModuleEncoder(nn.Module, EncoderMixin):
         owner = f"the {type(model).__name__} that was given"
         found = measure(self, owner, size)
         plan = arrange(owner, found, depth)
-        if self._classifier: found, plan = self._prune(found, plan)
-        self._plan = {level: (i, found[i].channels_last) for level, i in plan.items()}
+        levels = {level: found[i] for level, i in plan.items()}
+        if self._classifier: self._indices, plan = _prune(self.model, plan)
+        self._plan = {level: (i, levels[level].channels_last) for level, i in plan.items()}
         self.image_first = 0 not in plan
-        self._out_channels = [0]*(depth + 1)
-        for level, i in plan.items(): self._out_channels[level] = found[i].channels
-        if self.image_first: self._out_channels[0] = self._in_channels
-        deepest = max(found[i].level for i in plan.values())
+        channels = {0: self._in_channels} | {level: f.channels for level, f in levels.items()}
+        self._out_channels = [channels.get(level, 0) for level in range(depth + 1)]
+        deepest = max(f.level for f in levels.values())
         self._output_stride = 2**deepest if deepest < depth else max(32, 2**depth)
-
-    def _prune(self, found, plan):
-        "Keep what the maps of the plan need; what was found and the plan, numbered anew"
-        wanted = sorted(plan.values())
-        self._indices = self.model.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
-        return [found[i] for i in self._indices], {level: wanted.index(i) for level, i in plan.items()}
 
     def maps(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # The module's own maps
         "What the module returns"
         if self._classifier:
-            return self.model.forward_intermediates(x, indices=self._indices, intermediates_only=True)
+            read = self.model.forward_intermediates
+            return read(x, indices=self._indices, intermediates_only=True)
         maps = self.model(x)
         return list(maps.values()) if isinstance(maps, Mapping) else maps
 
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
-        maps, features = self.maps(x), []
-        for level in range(self._depth + 1):
-            size = level_size(x, min(2**level, self._output_stride))
-            if level in self._plan:
-                i, channels_last = self._plan[level]
-                f = maps[i].permute(0, 3, 1, 2).contiguous() if channels_last else maps[i]
-                features.append(resize(f, size))
-            elif level == 0: features.append(x)
-            else: features.append(x.new_empty(x.shape[0], 0, *size))
-        return features
+        maps, features = self.maps(x), {}
+        for level, (i, channels_last) in self._plan.items():
+            if level > self._depth: continue
+            f = maps[i].permute(0, 3, 1, 2).contiguous() if channels_last else maps[i]
+            features[level] = resize(f, level_size(x, min(2**level, self._output_stride)))
+        return fill_levels(x, features, self._depth, self._output_stride)
+
+# %% ../../nbs/encoders/81_given.ipynb #prune
+def _prune(model, plan):
+    "Drop what no map of the plan needs; the numbers of the maps that stay, and their positions"
+    wanted = sorted(plan.values())
+    kept = model.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
+    return kept, {level: wanted.index(i) for level, i in plan.items()}
 
 # %% ../../nbs/encoders/81_given.ipynb #measure
 class _Maps(nn.Module):
@@ -134,7 +134,7 @@ class _Maps(nn.Module):
     def forward(self, x): return self.encoder.maps(x)
 
 def measure(
-    encoder: "ModuleEncoder", # Wrapper; told the image's channels, and the size if there is only one
+    encoder: "ModuleEncoder", # Wrapper, which is told what was measured
     owner: str, # What to call the module in errors
     size: tuple[int, int] | None = None, # Height and width of the image; None to try
 ) -> list[Level]: # Level and channels of each map
@@ -168,8 +168,8 @@ def _read(maps, size, owner):
         level = read_shape(f.shape, size) if isinstance(f, Tensor) else None
         if level is None:
             got = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
-            raise ValueError(f"map {i} of {owner} is {got} for an image of {size[0]} x {size[1]}, which "
-                             f"is not a map with a stride of 1, 2, 4, 8, ...; {_ADVICE}")
+            raise ValueError(f"map {i} of {owner} is {got} for an image of {size[0]} x {size[1]}, "
+                             f"which is not a map with a stride of 1, 2, 4, 8, ...; {_ADVICE}")
         found.append(level)
     return found
 

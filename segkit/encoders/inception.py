@@ -10,13 +10,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .native import NativeEncoder, SequenceEncoder, half_stats, register_native, smp_weights
+from .native import (
+    NativeEncoder, SequenceEncoder, half_stats, register_native, smp_weights)
 
 # %% ../../nbs/encoders/09_inception.ipynb #padding
 def pad_small_kernels(
     model: nn.Module, # Network, changed in place
 ) -> None:
-    "Give each 3x3 convolution and each pooling for the maximum a padding of 1, so that maps lose no rim"
+    "Give each 3x3 convolution and each maximum pooling a padding of 1, so that maps lose no rim"
     for m in model.modules():
         if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3): m.padding = (1, 1)
         if isinstance(m, nn.MaxPool2d): m.padding = 1
@@ -26,7 +27,7 @@ class InceptionV4Encoder(SequenceEncoder):
     "[Inception-v4](https://arxiv.org/abs/1602.07261) (Szegedy et al., 2016)"
     dilatable = False
 
-    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Position of the layer that ends each level, finest first
+    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Last layer of each level
         "Where SMP takes them"
         return [2, 4, 8, 14, 21]
 
@@ -62,7 +63,8 @@ class XceptionEncoder(NativeEncoder):
 
 # %% ../../nbs/encoders/09_inception.ipynb #variants
 for _cls, _name, _timm_name, _channels, _revisions in [
-    (InceptionResNetV2Encoder, "inceptionresnetv2", "inception_resnet_v2", (3, 64, 192, 320, 1088, 1536),
+    (InceptionResNetV2Encoder, "inceptionresnetv2", "inception_resnet_v2",
+     (3, 64, 192, 320, 1088, 1536),
      {"imagenet": "120c5afdbb80a1c989db0a7423ebb7a9db9b1e6c",
       "imagenet+background": "3ecf3491658dc0f6a76d69c9d1cb36511b1ee56c"}),
     (InceptionV4Encoder, "inceptionv4", "inception_v4", (3, 64, 192, 384, 1024, 1536),

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..core.geometry import pad_to_least
 from ..core.registry import encoders
 from .base import EncoderMixin
-from .native import fan_out, smp_weights
+from .native import check_depth, fan_out, smp_weights
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #patch
 class OverlapPatchEmbed(nn.Module):
@@ -38,11 +38,11 @@ class OverlapPatchEmbed(nn.Module):
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #attention
 class EfficientSelfAttention(nn.Module):
-    "Attention of all tokens to the means of regions, learned [(Wang et al., 2021)](https://arxiv.org/abs/2102.12122)"
+    "Attention of tokens to regions [(Wang et al., 2021)](https://arxiv.org/abs/2102.12122)"
     def __init__(self,
         channels: int, # Channels of a token
         num_heads: int, # Heads, each with its share of the channels
-        reduction: int = 1, # Height and width of a region, in tokens; 1 attends to the tokens themselves
+        reduction: int = 1, # Height and width of a region, in tokens
     ):
         super().__init__()
         self.num_heads, self.reduction = num_heads, reduction
@@ -89,13 +89,15 @@ class DepthwiseConv(nn.Module):
         return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 class MixFFN(nn.Module):
-    "Linear, 3x3 depthwise convolution, GELU, linear [(Xie et al., 2021)](https://arxiv.org/abs/2105.15203)"
+    "Linear, 3x3 depthwise convolution, GELU, linear"
     def __init__(self,
         channels: int, # Channels of a token
         hidden: int, # Channels between the linear layers
     ):
         super().__init__()
-        self.fc1, self.dwconv, self.fc2 = nn.Linear(channels, hidden), DepthwiseConv(hidden), nn.Linear(hidden, channels)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.dwconv = DepthwiseConv(hidden)
+        self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self,
         x: Tensor, # Tokens `(b, h, w, channels)`
@@ -127,35 +129,34 @@ class MixTransformerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #encoder
+_patches = ((7, 4), (3, 2), (3, 2), (3, 2))  # kernel and stride at the start of each stage
+
 class MixVisionTransformerEncoder(EncoderMixin, nn.Module):
-    "[Mix Transformer](https://arxiv.org/abs/2105.15203) (Xie et al., 2021): four stages, of strides 4 to 32"
+    "[Mix Transformer](https://arxiv.org/abs/2105.15203) (Xie et al., 2021), of strides 4 to 32"
     def __init__(self,
         widths: Sequence[int] = (32, 64, 160, 256), # Channels of each stage
         depths: Sequence[int] = (2, 2, 2, 2), # Blocks in each stage
         num_heads: Sequence[int] = (1, 2, 5, 8), # Heads in each stage
         reductions: Sequence[int] = (8, 4, 2, 1), # Height and width of the regions in each stage
         mlp_ratio: float = 4., # Width of each FFN, relative to the stage
-        drop_path_rate: float = .1, # Probability of leaving out the last block; earlier blocks in proportion
+        drop_path_rate: float = .1, # Probability of leaving out the last block
         depth: int = 5, # Levels, 2 to 5; one stage fewer is built
     ):
         super().__init__()
-        if not 2 <= depth <= 5:
-            raise ValueError(f"encoder_depth={depth}: a Mix Transformer has no map of stride 2; "
-                             "use a depth of 2, 3, 4 or 5")
+        check_depth("a Mix Transformer, which has no map of stride 2,", depth, 5, 2)
         self._depth, self._out_channels = depth, [3, 0, *widths]
         self._made_with = dict(widths=widths, depths=depths, num_heads=num_heads,
                                reductions=reductions, mlp_ratio=mlp_ratio)
-        stages = depth - 1
-        for s in range(stages):
-            patch = (7, 4) if s == 0 else (3, 2)  # kernel and stride
-            embed = OverlapPatchEmbed((3, *widths)[s], widths[s], *patch)
-            self.add_module(f"patch_embed{s + 1}", embed)
+        ends = [3, *widths]
+        for s, patch in enumerate(_patches[:depth - 1], 1):
+            self.add_module(f"patch_embed{s}", OverlapPatchEmbed(ends[s-1], ends[s], *patch))
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        for s in range(stages):
-            settings = widths[s], num_heads[s], reductions[s], mlp_ratio
-            blocks = [MixTransformerBlock(*settings, next(rates)) for _ in range(depths[s])]
-            self.add_module(f"block{s + 1}", nn.Sequential(*blocks))
-            self.add_module(f"norm{s + 1}", nn.LayerNorm(widths[s], eps=1e-6))
+        forms = zip(widths, num_heads, reductions, depths)
+        for s, (width, heads, reduction, blocks) in enumerate(list(forms)[:depth - 1], 1):
+            form = width, heads, reduction, mlp_ratio
+            layers = [MixTransformerBlock(*form, next(rates)) for _ in range(blocks)]
+            self.add_module(f"block{s}", nn.Sequential(*layers))
+            self.add_module(f"norm{s}", nn.LayerNorm(width, eps=1e-6))
         self.apply(_initialize)
 
     def forward(self,
@@ -169,6 +170,7 @@ class MixVisionTransformerEncoder(EncoderMixin, nn.Module):
             features.append(x)
         return features
 
+# %% ../../nbs/encoders/10_mix_transformer.ipynb #encoder-steps
 def _initialize(module):
     "Start linear layers as transformers do, convolutions by their number of outputs"
     if isinstance(module, nn.Conv2d): fan_out(module)
@@ -177,7 +179,9 @@ def _initialize(module):
         nn.init.zeros_(module.bias)
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #variants
-licence = "NVIDIA Source Code License for SegFormer: research and evaluation only, no commercial use"
+licence = (
+    "NVIDIA Source Code License for SegFormer: "
+    "research and evaluation only, no commercial use")
 _small, _large = (32, 64, 160, 256), (64, 128, 320, 512)
 
 for _name, _widths, _depths, _revision in [
@@ -187,11 +191,11 @@ for _name, _widths, _depths, _revision in [
     ("mit_b3", _large, (3, 4, 18, 3), "32558d12a65f1daa0ebcf4f4053c4285e2c1cbda"),
     ("mit_b4", _large, (3, 8, 27, 3), "3a3454e900a4b4f11dd60eeb59101a9a1a36b017"),
     ("mit_b5", _large, (3, 6, 40, 3), "ced04d96c586b6297fd59a7a1e244fc78fdb6531"),
-]: encoders.register(
-    _name,
-    params={"widths": _widths, "depths": _depths},
-    pretrained_settings={tag: facts | {"license": licence} for tag, facts in smp_weights(_name, {"imagenet": _revision}).items()},
-)(MixVisionTransformerEncoder)
+]:
+    _weights = smp_weights(_name, {"imagenet": _revision}, license=licence)
+    _params = {"widths": _widths, "depths": _depths}
+    _register = encoders.register(_name, params=_params, pretrained_settings=_weights)
+    _register(MixVisionTransformerEncoder)
 
 # %% ../../nbs/encoders/10_mix_transformer.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -11,12 +11,13 @@ from torch import nn, Tensor
 
 from ..core.registry import encoders
 from .base import EncoderMixin
-from .native import check_depth, fan_out, smp_weights
+from .native import check_depth, fan_out, maps_along, smp_weights
 
 # %% ../../nbs/encoders/12_mobilenet.ipynb #block
 def _conv_norm_relu6(in_channels, out_channels, kernel_size, stride=1, groups=1):
     "What the network is made of"
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size//2, groups=groups, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size//2,
+                     groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU6(inplace=True))
 
 class InvertedResidual(nn.Module):
@@ -40,10 +41,31 @@ class InvertedResidual(nn.Module):
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         return x + self.conv(x) if self.adds else self.conv(x)
 
-# %% ../../nbs/encoders/12_mobilenet.ipynb #encoder
+# %% ../../nbs/encoders/12_mobilenet.ipynb #groups
 v2_groups = [  # blocks, stride, widening, channels
-    (1, 1, 1, 16), (2, 2, 6, 24), (3, 2, 6, 32), (4, 2, 6, 64), (3, 1, 6, 96), (3, 2, 6, 160), (1, 1, 6, 320)]
+    (1, 1, 1, 16),
+    (2, 2, 6, 24),
+    (3, 2, 6, 32),
+    (4, 2, 6, 64),
+    (3, 1, 6, 96),
+    (3, 2, 6, 160),
+    (1, 1, 6, 320),
+]
 
+def _v2_layers():
+    "Stem, blocks and last convolution, in a row"
+    layers, previous = [_conv_norm_relu6(3, 32, 3, 2)], 32
+    for blocks, stride, widening, channels in v2_groups:
+        for i in range(blocks):
+            step = stride if i == 0 else 1
+            layers.append(InvertedResidual(previous, channels, step, widening))
+            previous = channels
+    return [*layers, _conv_norm_relu6(previous, 1280, 1)]
+
+# %% ../../nbs/encoders/12_mobilenet.ipynb #encoder
+_v2_weights = smp_weights("mobilenet_v2", {"imagenet": "e67aa804e17f7b404b629127eabbd224c4e0690b"})
+
+@encoders.register("mobilenet_v2", params={}, pretrained_settings=_v2_weights)
 class MobileNetV2Encoder(EncoderMixin, nn.Module):
     "[MobileNetV2](https://arxiv.org/abs/1801.04381) (Sandler et al., 2018)"
     taps = (1, 3, 6, 13, 18)  # layers that end the levels 1 to 5
@@ -54,33 +76,17 @@ class MobileNetV2Encoder(EncoderMixin, nn.Module):
         super().__init__()
         check_depth("MobileNetV2", depth, 5)
         self._depth, self._out_channels, self._made_with = depth, [3, 16, 24, 32, 96, 1280], {}
-        layers, previous = [_conv_norm_relu6(3, 32, 3, 2)], 32
-        for blocks, stride, widening, channels in v2_groups:
-            for i in range(blocks):
-                layers.append(InvertedResidual(previous, channels, stride if i == 0 else 1, widening))
-                previous = channels
-        layers.append(_conv_norm_relu6(previous, 1280, 1))
-        self.features = nn.Sequential(*layers[:self.taps[depth - 1] + 1])
+        self.features = nn.Sequential(*_v2_layers()[:self.taps[depth - 1] + 1])
         self.apply(fan_out)
 
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
-        features = [x]
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in self.taps: features.append(x)
-        return features
+        return [x, *maps_along(self.features, x, self.taps[:self._depth])]
 
     def get_stages(self) -> dict[int, list[nn.Module]]: # Stride -> modules of the stage
         "The layers of strides 16 and 32"
         return {16: list(self.features[7:14]), 32: list(self.features[14:])}
-
-encoders.register(
-    "mobilenet_v2",
-    params={},
-    pretrained_settings=smp_weights("mobilenet_v2", {"imagenet": "e67aa804e17f7b404b629127eabbd224c4e0690b"}),
-)(MobileNetV2Encoder)
 
 # %% ../../nbs/encoders/12_mobilenet.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -6,9 +6,11 @@
 __all__ = ['licence', 'SqueezeExcite', 'MobileOneBlock', 'merge_branches', 'MobileOneEncoder']
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #imports
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..core.registry import encoders
@@ -17,18 +19,18 @@ from .native import check_depth, fan_out, smp_weights
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #block
 def _conv_norm(in_channels, out_channels, kernel_size, stride, groups):
-    block = nn.Sequential()
-    block.add_module("conv", nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size//2, groups=groups, bias=False))
-    block.add_module("bn", nn.BatchNorm2d(out_channels))
-    return block
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size//2,
+                     groups=groups, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
 class SqueezeExcite(nn.Module):
-    "Weigh the channels by what the whole picture holds [(Hu et al., 2017)](https://arxiv.org/abs/1709.01507)"
+    "Weigh the channels by a look at the map [(Hu et al., 2017)](https://arxiv.org/abs/1709.01507)"
     def __init__(self,
         channels: int, # Channels of the map
     ):
         super().__init__()
-        self.reduce, self.expand = nn.Conv2d(channels, channels//16, 1), nn.Conv2d(channels//16, channels, 1)
+        self.reduce = nn.Conv2d(channels, channels//16, 1)
+        self.expand = nn.Conv2d(channels//16, channels, 1)
 
     def forward(self,
         x: Tensor, # Map `(b, channels, h, w)`
@@ -37,7 +39,7 @@ class SqueezeExcite(nn.Module):
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #mobileone-block
 class MobileOneBlock(nn.Module):
-    "A sum of convolutions that can become one [(Vasu et al., 2022)](https://arxiv.org/abs/2206.04040)"
+    "A sum of convolutions that can become one"
     def __init__(self,
         in_channels: int, # Channels of the input
         out_channels: int, # Channels of the output
@@ -65,7 +67,7 @@ class MobileOneBlock(nn.Module):
         if self.rbr_skip is not None: y = y + self.rbr_skip(x)
         return self.se(y).relu()
 
-    def merged(self) -> nn.Conv2d: # One convolution with the sum of the branches, as they are in evaluation mode
+    def merged(self) -> nn.Conv2d: # Their sum in evaluation mode
         "The branches as one convolution"
         branches = [(b.conv, b.bn) for b in self.rbr_conv]
         if self.rbr_scale is not None: branches.append((self.rbr_scale.conv, self.rbr_scale.bn))
@@ -80,21 +82,25 @@ class MobileOneBlock(nn.Module):
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #merge
 def merge_branches(
-    branches: Sequence[tuple[nn.Conv2d | None, nn.BatchNorm2d]], # Convolutions with their norms; None for the input itself. The first has the largest kernel
+    branches: Sequence[tuple[nn.Conv2d | None, nn.BatchNorm2d]], # None for the input itself
 ) -> nn.Conv2d: # One convolution, with a bias
-    "The sum of branches, as one convolution [(Ding et al., 2021)](https://arxiv.org/abs/2101.03697)"
-    form = branches[0][0]
+    "The sum of branches as one convolution [(Ding et al., 2021)](https://arxiv.org/abs/2101.03697)"
+    form = branches[0][0]  # the largest kernel comes first
     weight, bias = torch.zeros_like(form.weight), torch.zeros_like(form.weight[:, 0, 0, 0])
     for conv, norm in branches:
-        if conv is None: kernel = nn.init.dirac_(torch.zeros_like(form.weight), form.groups)
-        else: kernel = nn.functional.pad(conv.weight, [(form.kernel_size[0] - conv.kernel_size[0])//2]*4)
         scale = norm.weight/(norm.running_var + norm.eps).sqrt()
-        weight = weight + kernel*scale[:, None, None, None]
+        weight = weight + _kernel(conv, form)*scale[:, None, None, None]
         bias = bias + norm.bias - norm.running_mean*scale
-    merged = nn.Conv2d(form.in_channels, form.out_channels, form.kernel_size, form.stride, form.padding, form.dilation, form.groups,
-                       device=weight.device, dtype=weight.dtype)
+    merged = nn.Conv2d(form.in_channels, form.out_channels, form.kernel_size, form.stride,
+                       form.padding, form.dilation, form.groups, device="meta")
     merged.weight, merged.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
     return merged.train(form.training)
+
+def _kernel(conv, form):
+    "The kernel of a branch, or of the input itself, at the size of `form`"
+    if conv is None: return nn.init.dirac_(torch.zeros_like(form.weight), form.groups)
+    border = (form.kernel_size[0] - conv.kernel_size[0])//2
+    return F.pad(conv.weight, [border]*4)
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #encoder
 class MobileOneEncoder(EncoderMixin, nn.Module):
@@ -102,7 +108,7 @@ class MobileOneEncoder(EncoderMixin, nn.Module):
     def __init__(self,
         widths: Sequence[float] = (.75, 1., 1., 2.), # Factor of the channels of each stage
         branches: int = 4, # Convolutions of the same form in each layer
-        squeeze: Sequence[int] = (0, 0, 0, 0), # Pairs with squeeze and excitation at the end of each stage
+        squeeze: Sequence[int] = (0, 0, 0, 0), # Pairs with squeeze and excitation in each stage
         depth: int = 5, # Levels to build
     ):
         super().__init__()
@@ -144,9 +150,10 @@ def _stage(in_channels, out_channels, pairs, branches, squeeze):
     "Pairs of a depthwise 3x3 and a 1x1 layer, the first with stride 2"
     layers = []
     for i in range(pairs):
-        weigh = i >= pairs - squeeze
-        layers.append(MobileOneBlock(in_channels, in_channels, 3, 2 if i == 0 else 1, in_channels, branches, weigh))
-        layers.append(MobileOneBlock(in_channels, out_channels, 1, branches=branches, squeeze=weigh))
+        stride = 2 if i == 0 else 1
+        common = dict(branches=branches, squeeze=i >= pairs - squeeze)
+        layers.append(MobileOneBlock(in_channels, in_channels, 3, stride, in_channels, **common))
+        layers.append(MobileOneBlock(in_channels, out_channels, 1, **common))
         in_channels = out_channels
     return nn.Sequential(*layers)
 
@@ -158,12 +165,12 @@ for _name, _widths, _branches, _squeeze, _revision in [
     ("s2", (1.5, 2., 2.5, 4.), 1, (0, 0, 0, 0), "ddc3db8fa40d271902c7a8c95cee6691f617d551"),
     ("s3", (2., 2.5, 3., 4.), 1, (0, 0, 0, 0), "da89b84a91b7400c366c358bfbf8dd0b2fa4dde2"),
     ("s4", (3., 3.5, 3.5, 4.), 1, (0, 0, 5, 1), "16197c55d599076b6aae67a83d3b3f70c31b097c"),
-]: encoders.register(
-    f"mobileone_{_name}",
-    params={"widths": _widths, "branches": _branches, "squeeze": _squeeze},
-    pretrained_settings={tag: facts | {"license": licence}
-                         for tag, facts in smp_weights(f"mobileone_{_name}", {"imagenet": _revision}).items()},
-)(MobileOneEncoder)
+]:
+    _native = f"mobileone_{_name}"
+    _weights = smp_weights(_native, {"imagenet": _revision}, license=licence)
+    _params = {"widths": _widths, "branches": _branches, "squeeze": _squeeze}
+    _register = encoders.register(_native, params=_params, pretrained_settings=_weights)
+    _register(MobileOneEncoder)
 
 # %% ../../nbs/encoders/13_mobileone.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

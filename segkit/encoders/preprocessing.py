@@ -64,15 +64,15 @@ def _of_timm_name(name, pretrained):
                      "so nothing says how to normalise for it")
 
 def _of_module(module):
-    "What an encoder was told, or the configuration that a timm model carries, also inside an encoder"
+    "What an encoder was told, or what a timm model carries, also inside an encoder"
     if found := dict(getattr(module, "preprocessing", {})): return found
     inner = getattr(module, "model", None)
     config = getattr(module, "pretrained_cfg", None) or getattr(inner, "pretrained_cfg", None)
     if config and config.get("mean"):
         return {"input_space": "RGB", "input_range": [0, 1],
                 "mean": list(config["mean"]), "std": list(config["std"])}
-    raise ValueError(f"the {type(module).__name__} that was given does not say how to normalise for it; "
-                     "a timm model does (pretrained_cfg)")
+    raise ValueError(f"the {type(module).__name__} that was given does not say how to normalise "
+                     "for it; a timm model does (pretrained_cfg)")
 
 # %% ../../nbs/encoders/85_preprocessing.ipynb #apply
 def preprocess_input(
@@ -80,8 +80,8 @@ def preprocess_input(
     mean: Sequence[float] | None = None, # Mean of each channel
     std: Sequence[float] | None = None, # Standard deviation of each channel
     input_space: str = "RGB", # Order of the channels that the weights expect: "RGB" or "BGR"
-    input_range: Sequence[float] | None = None, # Lowest and highest value that the weights expect; None for 0 and 1
-    value_range: Sequence[float] | None = None, # Lowest and highest value that `x` may hold; None for 0 to 255 for bytes and 0 to 1 for others
+    input_range: Sequence[float] | None = None, # What the weights expect; None for 0 to 1
+    value_range: Sequence[float] | None = None, # Range of `x`; None: 0-255 for bytes, else 0-1
     **kwargs, # Further settings of the weights, which are not used here
 ) -> np.ndarray: # Normalised picture, float32 (float64 for float64)
     "Bring a picture into the form that pretrained weights expect"
@@ -118,11 +118,12 @@ class Preprocess(nn.Module):
         std: Sequence[float], # Standard deviation of each channel
         input_space: str = "RGB", # Order of the channels that the weights expect: "RGB" or "BGR"
         input_range: Sequence[float] = (0, 1), # Lowest and highest value that the weights expect
-        value_range: Sequence[float] | None = None, # Lowest and highest value of the tensors; None for 0 to 255 for bytes and 0 to 1 for others
+        value_range: Sequence[float] | None = None, # Range; None: 0 to 255 for bytes, else 0 to 1
     ):
         super().__init__()
         check_choice("input_space", input_space, ["RGB", "BGR"])
-        self.input_space, self.input_range, self.value_range = input_space, tuple(input_range), value_range
+        self.input_space, self.input_range = input_space, tuple(input_range)
+        self.value_range = value_range
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -130,8 +131,10 @@ class Preprocess(nn.Module):
         x: Tensor, # Pictures `(b, c, h, w)` or `(c, h, w)`
     ) -> Tensor: # Normalised pictures, float32 unless they were floating-point already
         low, high = self.value_range or ((0, 255) if x.dtype == torch.uint8 else (0, 1))
-        doubtful = self.value_range or x.dtype != torch.uint8  # bytes hold nothing else than 0 to 255
-        if doubtful and not torch.compiler.is_compiling() and x.numel():  # a compiled model must not depend on values
+        # bytes hold nothing else than 0 to 255
+        doubtful = self.value_range or x.dtype != torch.uint8
+        # a compiled model must not depend on values
+        if doubtful and not torch.compiler.is_compiling() and x.numel():
             least, most = (v.item() for v in x.aminmax())
             if not low - 1e-3 <= least <= most <= high + 1e-3:
                 raise ValueError(_out_of_range(least, most, x.dtype, low, high))
@@ -143,7 +146,7 @@ class Preprocess(nn.Module):
 def get_preprocessing_transform(
     encoder_name: str | nn.Module, # Name of an encoder, or a timm model
     pretrained: str | bool = "imagenet", # Tag of the weights
-    value_range: Sequence[float] | None = None, # Lowest and highest value of the tensors; None for 0 to 255 for bytes and 0 to 1 for others
+    value_range: Sequence[float] | None = None, # Range; None: 0 to 255 for bytes, else 0 to 1
 ) -> Preprocess: # Module for tensors `(b, c, h, w)`
     "`Preprocess` with the numbers of one encoder"
     return Preprocess(**get_preprocessing_params(encoder_name, pretrained), value_range=value_range)
@@ -151,11 +154,12 @@ def get_preprocessing_transform(
 # %% ../../nbs/encoders/85_preprocessing.ipynb #normalize
 def unit_statistics(
     params: Mapping[str, Any], # Result of `get_preprocessing_params`
-) -> tuple[list[float], list[float]]: # Mean and standard deviation of pictures whose values go from 0 to 1
+) -> tuple[list[float], list[float]]: # Mean and deviation of values from 0 to 1
     "Statistics for `Normalize`, which knows no other range than 0 to 1"
     if params["input_space"] != "RGB":
-        raise ValueError(f"these weights expect {params['input_space']} pictures, which Normalize alone "
-                         "does not give; use Preprocess, or turn the channels round in the data")
+        raise ValueError(f"these weights expect {params['input_space']} pictures, which Normalize "
+                         "alone does not give; use Preprocess, or turn the channels round "
+                         "in the data")
     low, high = params["input_range"]
     return [(m - low)/(high - low) for m in params["mean"]], [s/(high - low) for s in params["std"]]
 
@@ -166,7 +170,8 @@ def get_normalize(
 ) -> Any: # fastai's `Normalize`, for `batch_tfms`
     "fastai's `Normalize` with the numbers of one encoder"
     from fastai.data.transforms import Normalize
-    return Normalize.from_stats(*unit_statistics(get_preprocessing_params(encoder_name, pretrained)), cuda=cuda)
+    params = get_preprocessing_params(encoder_name, pretrained)
+    return Normalize.from_stats(*unit_statistics(params), cuda=cuda)
 
 # %% ../../nbs/encoders/85_preprocessing.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn, Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.func import functional_call
 
 from .checkpoint import plain_forward
@@ -18,9 +19,9 @@ from .checkpoint import plain_forward
 # %% ../../nbs/encoders/00b_probing.ipynb #probe
 def probe(
     encoder: nn.Module, # Encoder
-    size: tuple[int, int] | None = None, # Height and width of the image; None for one that the encoder takes
+    size: tuple[int, int] | None = None, # Height and width of the image; None: the encoder's
     only_meta: bool = False, # Fail where the encoder cannot run without values
-) -> tuple[list[Tensor], dict[str, Tensor]]: # Maps, finest first, and the parameters they were made from
+) -> tuple[list[Tensor], dict[str, Tensor]]: # Maps, finest first, and parameters
     "Run `encoder` once in evaluation mode without values, and keep the graph"
     size = size or getattr(encoder, "_probe_size", (64, 64))
     with _evaluation(encoder), torch.enable_grad(), plain_forward(encoder):
@@ -52,35 +53,36 @@ def _run(encoder, size, device):
 # %% ../../nbs/encoders/00b_probing.ipynb #stages
 def parameter_stages(
     encoder: nn.Module, # Encoder
-    size: tuple[int, int] | None = None, # Height and width of the image that it is tried on; None for one that the encoder takes
-) -> dict[str, int]: # Name of each parameter that some level depends on -> number of the first such level
+    size: tuple[int, int] | None = None, # Height and width of the image; None: the encoder's
+) -> dict[str, int]: # Name of each parameter that is used -> number of its level
     "The first level of the pyramid that depends on each parameter of `encoder`"
     maps, parameters = probe(encoder, size)
-    stages, left = {}, dict(parameters)
-    for level, f in enumerate(maps):
-        for name in _reached(f, left):
-            stages[name] = level
-            del left[name]
-    return {name: stages[name] for name in parameters if name in stages}
+    met: set[Node] = set()
+    level_of = {id(p): level for level, f in enumerate(maps) for p in _first_met(f, met)}
+    return {name: level_of[id(p)] for name, p in parameters.items() if id(p) in level_of}
 
-def _reached(f, parameters):
-    "Names of the parameters that a map depends on"
-    if not (parameters and f.requires_grad and f.numel()): return []
-    with torch.enable_grad(): total = f.sum()
-    grads = torch.autograd.grad(
-        total, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return [name for name, grad in zip(parameters, grads) if grad is not None]
+def _first_met(f, met):
+    "Tensors that the graph of a map begins with, but for those behind nodes that were met before"
+    if not (f.requires_grad and f.numel()): return []
+    leaves, ahead = [], [get_gradient_edge(f).node]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in met: continue
+        met.add(node)
+        if hasattr(node, "variable"): leaves.append(node.variable)
+        ahead += [before for before, _ in node.next_functions]
+    return leaves
 
 # %% ../../nbs/encoders/00b_probing.ipynb #unused
 def unused_parameters(
     encoder: nn.Module, # Encoder
-) -> list[nn.Parameter]: # Its parameters that no level depends on; none where the encoder cannot run without values
+) -> list[nn.Parameter]: # Parameters without a level; none where this cannot be told
     "Weights that would never get a gradient"
     try: maps, parameters = probe(encoder, only_meta=True)
     except (RuntimeError, NotImplementedError): return []
-    used = set()
-    for f in maps: used.update(_reached(f, parameters))
-    return [encoder.get_parameter(name) for name in parameters if name not in used]
+    met: set[Node] = set()
+    used = {id(p) for f in maps for p in _first_met(f, met)}
+    return [encoder.get_parameter(name) for name, p in parameters.items() if id(p) not in used]
 
 # %% ../../nbs/encoders/00b_probing.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -10,29 +10,33 @@ from .native import NativeEncoder, hub_weights, register_native, smp_weights
 
 # %% ../../nbs/encoders/04_resnet.ipynb #encoder
 class ResNetEncoder(NativeEncoder):
-    "[ResNet](https://arxiv.org/abs/1512.03385) (He et al., 2015) and [ResNeXt](https://arxiv.org/abs/1611.05431) (Xie et al., 2016)"
+    "[ResNet](https://arxiv.org/abs/1512.03385) and [ResNeXt](https://arxiv.org/abs/1611.05431)"
     chain = (("conv1", "bn1", "act1"), ("maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
 # %% ../../nbs/encoders/04_resnet.ipynb #variants
 _basic, _bottleneck = (3, 64, 64, 128, 256, 512), (3, 64, 256, 512, 1024, 2048)
-_semi = ("fb_ssl_yfcc100m_ft_in1k", "fb_swsl_ig1b_ft_in1k")  # semi-supervised and semi-weakly supervised weights
+_imagenet = {"imagenet": "tv_in1k"}
+_instagram = {"instagram": "fb_wsl_ig1b_ft_in1k"}
+_semi = {"ssl": "fb_ssl_yfcc100m_ft_in1k", "swsl": "fb_swsl_ig1b_ft_in1k"}  # semi-supervised
 
-for _name, _channels, _names, _tags in [
-    ("resnet18", _basic, ("imagenet", "ssl", "swsl"), ("tv_in1k", *_semi)),
-    ("resnet34", _basic, ("imagenet",), ("tv_in1k",)),
-    ("resnet50", _bottleneck, ("imagenet", "ssl", "swsl"), ("tv_in1k", *_semi)),
-    ("resnet101", _bottleneck, ("imagenet",), ("tv_in1k",)),
-    ("resnet152", _bottleneck, ("imagenet",), ("tv_in1k",)),
-    ("resnext50_32x4d", _bottleneck, ("imagenet", "ssl", "swsl"), ("tv_in1k", *_semi)),
-    ("resnext101_32x4d", _bottleneck, ("ssl", "swsl"), _semi),
-    ("resnext101_32x8d", _bottleneck, ("imagenet", "instagram", "ssl", "swsl"), ("tv_in1k", "fb_wsl_ig1b_ft_in1k", *_semi)),
-    ("resnext101_32x16d", _bottleneck, ("instagram", "ssl", "swsl"), ("fb_wsl_ig1b_ft_in1k", *_semi)),
-    ("resnext101_32x32d", _bottleneck, ("instagram",), ("fb_wsl_ig1b_ft_in1k",)),
-]: register_native(ResNetEncoder, _name, _channels, hub_weights(*(f"{_name}.{_tag}" for _tag in _tags), names=_names))
+for _name, _channels, _tags in [
+    ("resnet18", _basic, _imagenet | _semi),
+    ("resnet34", _basic, _imagenet),
+    ("resnet50", _bottleneck, _imagenet | _semi),
+    ("resnet101", _bottleneck, _imagenet),
+    ("resnet152", _bottleneck, _imagenet),
+    ("resnext50_32x4d", _bottleneck, _imagenet | _semi),
+    ("resnext101_32x4d", _bottleneck, _semi),
+    ("resnext101_32x8d", _bottleneck, _imagenet | _instagram | _semi),
+    ("resnext101_32x16d", _bottleneck, _instagram | _semi),
+    ("resnext101_32x32d", _bottleneck, _instagram),
+]: register_native(ResNetEncoder, _name, _channels, hub_weights(_name, _tags))
 
-# timm has no model of this width, but its 32x32d takes another base width; the weights are in SMP's repository
-register_native(ResNetEncoder, "resnext101_32x48d", _bottleneck, timm_name="resnext101_32x32d", base_width=48,
-                weights=smp_weights("resnext101_32x48d", {"instagram": "53e61a962b824ad7027409821f9ac3e3336dd024"}))
+# timm has no model of this width, but its 32x32d takes another base width
+_revisions = {"instagram": "53e61a962b824ad7027409821f9ac3e3336dd024"}  # in SMP's repository
+register_native(
+    ResNetEncoder, "resnext101_32x48d", _bottleneck, smp_weights("resnext101_32x48d", _revisions),
+    timm_name="resnext101_32x32d", base_width=48)
 
 # %% ../../nbs/encoders/04_resnet.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -15,16 +15,16 @@ class SENetEncoder(NativeEncoder):
 
 # %% ../../nbs/encoders/07_senet.ipynb #variants
 for _name, _timm_name, _revision in [
-    ("senet154", "legacy_senet154", "249f45efc9881ba560a0c480128edbc34ab87e40"),
-    ("se_resnet50", "legacy_seresnet50", "e6b4bc2dc85226c3d3474544410724a485455459"),
-    ("se_resnet101", "legacy_seresnet101", "71fe95cc0a27f444cf83671f354de02dc741b18b"),
-    ("se_resnet152", "legacy_seresnet152", "e79fc3d9d76f197bd76a2593c2054edf1083fe32"),
-    ("se_resnext50_32x4d", "legacy_seresnext50_32x4d", "73246406d879a2b0e3fdfe6fddd56347d38f38ae"),
-    ("se_resnext101_32x4d", "legacy_seresnext101_32x4d", "18808a4276f46421d358a9de554e0b93c2795df4"),
+    ("senet154", "senet154", "249f45efc9881ba560a0c480128edbc34ab87e40"),
+    ("se_resnet50", "seresnet50", "e6b4bc2dc85226c3d3474544410724a485455459"),
+    ("se_resnet101", "seresnet101", "71fe95cc0a27f444cf83671f354de02dc741b18b"),
+    ("se_resnet152", "seresnet152", "e79fc3d9d76f197bd76a2593c2054edf1083fe32"),
+    ("se_resnext50_32x4d", "seresnext50_32x4d", "73246406d879a2b0e3fdfe6fddd56347d38f38ae"),
+    ("se_resnext101_32x4d", "seresnext101_32x4d", "18808a4276f46421d358a9de554e0b93c2795df4"),
 ]:
     _channels = (3, 128 if _name == "senet154" else 64, 256, 512, 1024, 2048)
     _weights = smp_weights(_name, {"imagenet": _revision})
-    register_native(SENetEncoder, _name, _channels, _weights, timm_name=_timm_name)
+    register_native(SENetEncoder, _name, _channels, _weights, timm_name=f"legacy_{_timm_name}")
 
 # %% ../../nbs/encoders/07_senet.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

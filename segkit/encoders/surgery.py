@@ -39,7 +39,7 @@ def adapt_first_conv(
     module: nn.Module, # Encoder, changed in place
     old_channels: int, # Channels that its first convolution takes now
     in_channels: int, # Channels that it shall take
-    strategy: str | Callable[[Tensor, int], Tensor] | None = "tile", # Name in `channel_strategies`, a function, or None for fresh weights
+    strategy: str | Callable[[Tensor, int], Tensor] | None = "tile", # None: fresh weights
 ) -> None:
     "Rebuild the first convolution of `module` for images with `in_channels` channels"
     if in_channels < 1:
@@ -61,7 +61,8 @@ def _adapted(weight, shape, strategy):
         strategy = channel_strategies[check_choice("strategy", strategy, channel_strategies)]
     adapted = strategy(weight, shape[1])
     if tuple(adapted.shape) != shape:
-        raise ValueError(f"the strategy returned a weight of shape {tuple(adapted.shape)}, expected {shape}")
+        raise ValueError(f"the strategy returned a weight of shape {tuple(adapted.shape)}, "
+                         f"expected {shape}")
     return adapted.clone()
 
 # %% ../../nbs/encoders/00a_surgery.ipynb #dilate

@@ -28,14 +28,15 @@ def present_name(
 
 # %% ../../nbs/encoders/14_timm_families.ipynb #sknet
 class SKNetEncoder(ResNetEncoder):
-    "[Selective kernels](https://arxiv.org/abs/1903.06586) (Li et al., 2019) in a ResNet, with SMP's widths of the attention"
+    "[Selective kernels](https://arxiv.org/abs/1903.06586) in a ResNet, as SMP has them"
 
+_basic, _bottleneck = (3, 64, 64, 128, 256, 512), (3, 64, 256, 512, 1024, 2048)
 _split = {"sk_kwargs": {"rd_ratio": 1/8, "split_input": True}}
 
 for _name, _channels, _block, _revision in [
-    ("skresnet18", (3, 64, 64, 128, 256, 512), _split, "6c97652bb744d89177b68274d2fda3923a7d1f95"),
-    ("skresnet34", (3, 64, 64, 128, 256, 512), _split, "2367796924a8182cc835ef6b5dc303917f923f99"),
-    ("skresnext50_32x4d", (3, 64, 256, 512, 1024, 2048), {}, "50207e407cc4c6ea9e6872963db6844ca7b7b9de"),
+    ("skresnet18", _basic, _split, "6c97652bb744d89177b68274d2fda3923a7d1f95"),
+    ("skresnet34", _basic, _split, "2367796924a8182cc835ef6b5dc303917f923f99"),
+    ("skresnext50_32x4d", _bottleneck, {}, "50207e407cc4c6ea9e6872963db6844ca7b7b9de"),
 ]:
     _weights = smp_weights(f"timm-{_name}", {"imagenet": _revision})
     register_native(SKNetEncoder, f"timm-{_name}", _channels, _weights, timm_name=_name,

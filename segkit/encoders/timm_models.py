@@ -20,7 +20,7 @@ from .weights import load_weights, offline_help
 
 # %% ../../nbs/encoders/02a_timm_models.ipynb #meta
 class no_fill(TorchFunctionMode):
-    "Inside `with no_fill():` nothing is written into tensors of the meta device, which hold nothing"
+    "A context in which nothing is written into tensors of the meta device"
     fills = {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_,
              Tensor.mul_, Tensor.add_, Tensor.zero_, Tensor.fill_}
 
@@ -39,14 +39,15 @@ def meta_model(
 
 # %% ../../nbs/encoders/02a_timm_models.ipynb #once
 def once_for_each(
-    answer: Callable[..., Any], # Function of names and plain arguments that returns what nobody changes
+    answer: Callable[..., Any], # Function of names and plain arguments
 ) -> Callable[..., Any]: # The same function, which answers a question once
     "Keep the answers of a function"
     known: dict[tuple, Any] = {}
 
     @wraps(answer)
     def ask(*names, **kwargs):
-        if not all(isinstance(value, _PLAIN) for value in kwargs.values()): return answer(*names, **kwargs)
+        plain = all(isinstance(value, _PLAIN) for value in kwargs.values())
+        if not plain: return answer(*names, **kwargs)
         key = names, tuple((name, type(value), value) for name, value in sorted(kwargs.items()))
         if key not in known: known[key] = answer(*names, **kwargs)
         return known[key]
@@ -89,7 +90,8 @@ def check_timm_arguments(
     "Raise `ValueError` for an argument that segkit sets itself"
     ours = {"features_only", "out_indices", "in_chans", "pretrained", *more}
     if clash := sorted(ours & set(given)):
-        raise ValueError(f"{', '.join(map(repr, clash))} of the timm model {name!r}: segkit sets it; "
+        taken = ", ".join(map(repr, clash))
+        raise ValueError(f"{taken} of the timm model {name!r}: segkit sets it; "
                          "use encoder_weights, in_channels and encoder_depth")
 
 def refused_by_timm(
@@ -107,13 +109,14 @@ def timm_statistics(
     from timm.models import get_pretrained_cfg
     cfg = get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights: return {}
-    return {"input_space": "RGB", "input_range": [0, 1], "mean": list(cfg.mean), "std": list(cfg.std)}
+    return {"input_space": "RGB", "input_range": [0, 1],
+            "mean": list(cfg.mean), "std": list(cfg.std)}
 
 def build_with_weights(
     build: Callable[..., nn.Module], # Builds an encoder around a timm model; takes `pretrained`
     name: str, # Name that the user gave, for errors
     timm_name: str, # Name of the timm model, with the tag
-    weights: Any, # None or False; True or "imagenet"; a file; a state dict; a function that returns one
+    weights: Any, # None, False, True, "imagenet", a file, a state dict, or a function
 ) -> tuple[nn.Module, bool]: # Encoder, and whether it has weights
     "Build an encoder around a timm model, and load its weights"
     if weights is True or (isinstance(weights, str) and weights == "imagenet"):
@@ -128,7 +131,8 @@ def _with_weights_of_timm(build, name, timm_name):
     from timm.models import get_pretrained_cfg
     cfg = get_pretrained_cfg(timm_name)
     if cfg is None or not (cfg.hf_hub_id or cfg.url or cfg.file):
-        raise ValueError(f"timm has no weights for {timm_name!r}; pass encoder_weights=None, or a file")
+        raise ValueError(f"timm has no weights for {timm_name!r}; "
+                         "pass encoder_weights=None, or a file")
     try: return build(pretrained=True)
     except OSError as error:
         hub = cfg.hf_hub_id

@@ -7,13 +7,14 @@ __all__ = ['PyramidFacts', 'feature_facts', 'plan_levels', 'pyramid_fit', 'prune
 
 # %% ../../nbs/encoders/02_universal.ipynb #imports
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import nn, Tensor
 
+from ..core.stored import shapes
 from .base import EncoderMixin
-from .fit import Fit, find_fit, level_size
+from .fit import Fit, fill_levels, find_fit
 from .probing import parameter_stages
 from .timm_models import (
     check_timm_arguments, meta_model, native_size, once_for_each, refused_by_timm)
@@ -95,19 +96,14 @@ class TimmUniversalEncoder(EncoderMixin, nn.Module):
         facts = feature_facts(name)
         plan = plan_levels(facts.strides, depth)
         _check_plan(name, facts.strides, plan, depth)
-        check_timm_arguments(name, kwargs)
-        try: self.fit = pyramid_fit(name, **kwargs)
-        except TypeError as error: raise _refused(name, output_stride, error) from None
-        kwargs = dict(self.fit.arguments) | kwargs
-        if output_stride != 32: kwargs["output_stride"] = output_stride
+        self.fit, kwargs = _fitted(name, output_stride, kwargs)
         self._indices = tuple(facts.indices[i] for i in plan.values())
         self.model = _pyramid(name, pretrained, in_channels, self._indices, kwargs)
         self.name, self.channels_last, self._made_with = name, facts.channels_last, kwargs
         self._levels, self.image_first = tuple(plan), 0 not in plan
         self._in_channels, self._depth, self._output_stride = in_channels, depth, output_stride
-        self._out_channels = [0]*(depth + 1)
-        for level, i in plan.items(): self._out_channels[level] = facts.channels[i]
-        if self.image_first: self._out_channels[0] = in_channels
+        channels = {0: in_channels} | {level: facts.channels[i] for level, i in plan.items()}
+        self._out_channels = [channels.get(level, 0) for level in range(depth + 1)]
         if depth < 5: prune_unused(self)
 
     def forward(self,
@@ -116,28 +112,30 @@ class TimmUniversalEncoder(EncoderMixin, nn.Module):
         seen = self.fit.image(x)
         maps = self.model(seen)
         if self.channels_last: maps = _channels_first(maps)
-        levels = dict(zip(self._levels, maps))
-        features = []
-        for level in range(self._depth + 1):
+        features = {}
+        for level, f in zip(self._levels, maps):
             stride = min(2**level, self._output_stride)
-            if level in levels: features.append(self.fit.map(levels[level], stride, x, seen))
-            elif level == 0: features.append(x)
-            else: features.append(x.new_empty(x.shape[0], 0, *level_size(x, stride)))
-        return features
-
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
-        "Tensors of the whole model, of which this one builds a part"
-        return self._shapes()
+            if level <= self._depth: features[level] = self.fit.map(f, stride, x, seen)
+        return fill_levels(x, features, self._depth, self._output_stride)
 
     def stored_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
         "Tensors that timm builds for these maps, also those that no map depends on"
-        return self._shapes(out_indices=self._indices)
+        return shapes(partial(self._whole, out_indices=self._indices))
 
-    def _shapes(self, **options):
-        whole = meta_model(self.name, features_only=True, **options, **self._made_with)
-        return {f"model.{name}": tuple(t.shape) for name, t in whole.state_dict().items()}
+    def _whole(self, **options):
+        "The model with all its maps, or with those of `out_indices`"
+        model = meta_model(self.name, features_only=True, **options, **self._made_with)
+        return nn.ModuleDict({"model": model})
 
-# %% ../../nbs/encoders/02_universal.ipynb #encoder-errors
+# %% ../../nbs/encoders/02_universal.ipynb #encoder-build
+def _fitted(name, output_stride, kwargs):
+    "What the model needs to take any size, and all its arguments"
+    check_timm_arguments(name, kwargs)
+    try: fit = pyramid_fit(name, **kwargs)
+    except TypeError as error: raise _refused(name, output_stride, error) from None
+    dilated = {} if output_stride == 32 else {"output_stride": output_stride}
+    return fit, dict(fit.arguments) | kwargs | dilated
+
 def _pyramid(name, pretrained, in_channels, indices, kwargs):
     "timm's model with the maps of these numbers"
     import timm
@@ -146,6 +144,7 @@ def _pyramid(name, pretrained, in_channels, indices, kwargs):
     except (TypeError, AssertionError, NotImplementedError) as error:
         raise _refused(name, kwargs.get("output_stride", 32), error) from None
 
+# %% ../../nbs/encoders/02_universal.ipynb #encoder-errors
 def _check_plan(name, strides, plan, depth):
     "Refuse what is not a pyramid, in words"
     missing = [level for level in range(2, depth + 1) if level not in plan]
@@ -155,9 +154,9 @@ def _check_plan(name, strides, plan, depth):
         raise ValueError(f"encoder_depth={depth}: the maps of the timm model {name!r} have strides "
                          f"{given}; use encoder_depth={deepest} or less")
     needed = ", ".join(str(2**level) for level in missing)
-    raise ValueError(f"the timm model {name!r} gives maps of strides {given}, and a pyramid of depth "
-                     f"{depth} also needs {needed}. get_encoder('tu-{name}') builds a bridge for them; "
-                     "TimmUniversalEncoder does not")
+    raise ValueError(f"the timm model {name!r} gives maps of strides {given}, and a pyramid of "
+                     f"depth {depth} also needs {needed}. get_encoder('tu-{name}') builds a bridge "
+                     "for them; TimmUniversalEncoder does not")
 
 def _refused(name, output_stride, error):
     "What timm did not accept"

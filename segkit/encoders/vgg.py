@@ -17,20 +17,25 @@ class VGGEncoder(SequenceEncoder):
     "[VGG](https://arxiv.org/abs/1409.1556) (Simonyan and Zisserman, 2014)"
     image_first, has_center, dilatable = False, True, False
 
-    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Position of the layer that ends each level, finest first
+    def ends(self, layers: Mapping[str, nn.Module]) -> list[int]: # Last layer of each level
         "Before each pooling, and at the last one"
         pools = [i for i, layer in enumerate(layers.values()) if isinstance(layer, nn.MaxPool2d)]
         return [i - 1 for i in pools] + pools[-1:]
 
 # %% ../../nbs/encoders/05_vgg.ipynb #variants
 for _name, _revision in {
-    "vgg11": "ad8b90e1051c38fdbf399cf5016886a1be357390", "vgg11_bn": "59757f9215032c9f092977092d57d26a9df7fd9c",
-    "vgg13": "1b70ff2580f101a8007a48b51e2b5d1e5925dc42", "vgg13_bn": "9be454515193af6612261b7614fe90607e27b143",
-    "vgg16": "49d74b799006ee252b86e25acd6f1fd8ac9a99c1", "vgg16_bn": "2c186d02fb519e93219a99a1c2af6295aef0bf0d",
-    "vgg19": "2853d00d7bca364dbb98be4d6afa347e5aeec1f6", "vgg19_bn": "f09a924cb0d201ea6f61601df9559141382271d7",
+    "vgg11": "ad8b90e1051c38fdbf399cf5016886a1be357390",
+    "vgg11_bn": "59757f9215032c9f092977092d57d26a9df7fd9c",
+    "vgg13": "1b70ff2580f101a8007a48b51e2b5d1e5925dc42",
+    "vgg13_bn": "9be454515193af6612261b7614fe90607e27b143",
+    "vgg16": "49d74b799006ee252b86e25acd6f1fd8ac9a99c1",
+    "vgg16_bn": "2c186d02fb519e93219a99a1c2af6295aef0bf0d",
+    "vgg19": "2853d00d7bca364dbb98be4d6afa347e5aeec1f6",
+    "vgg19_bn": "f09a924cb0d201ea6f61601df9559141382271d7",
 }.items():
     # the classifier, most of the paper's network, is thrown away: make it as small as timm allows
-    register_native(VGGEncoder, _name, (64, 128, 256, 512, 512, 512), smp_weights(_name, {"imagenet": _revision}),
+    _weights = smp_weights(_name, {"imagenet": _revision})
+    register_native(VGGEncoder, _name, (64, 128, 256, 512, 512, 512), _weights,
                     num_classes=0, mlp_ratio=1/4096)
 
 # %% ../../nbs/encoders/05_vgg.ipynb #module-dir

@@ -62,7 +62,7 @@ def sample_block_indices_uniformly(
     return [int(total_num_blocks/n*k) - 1 for k in range(1, n + 1)]
 
 def check_indices(
-    indices: Sequence[int] | None, # Blocks to read, negative ones count from the end; None for equal distances
+    indices: Sequence[int] | None, # Blocks to read; None for equal distances
     depth: int, # How many to read
     blocks: int, # How many there are
 ) -> list[int]: # Their numbers, from 0
@@ -82,9 +82,43 @@ def check_indices(
                              f"this model has the blocks 0 to {blocks - 1}")
     return [i % blocks for i in indices]
 
+# %% ../../nbs/encoders/20_vit.ipynb #reader
+class _BlockReader(EncoderMixin):
+    "What is known of blocks that are read"
+    output_strides: list[int] # Stride of each map
+    num_prefix_tokens: int # Tokens without a place
+    fixed_size: tuple[int, int] | None # The one size that images are resized to
+
+    @property
+    def output_stride(self) -> int: # Stride of the coarsest map
+        return max(self.output_strides)
+
+    @property
+    def has_prefix_tokens(self) -> bool: # Whether there are tokens without a place
+        return self.num_prefix_tokens > 0
+
+    @property
+    def is_fixed_input_size(self) -> bool: # Whether images are resized to `fixed_size` first
+        return self.fixed_size is not None
+
+    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, from 1 -> names of parameters
+        "What belongs to the stretch before each block that is read"
+        table: dict[int, list[str]] = {}
+        for name, stage in parameter_stages(_Maps(self)).items():
+            table.setdefault(stage, []).append(name.removeprefix("encoder."))
+        return table
+
+class _Maps(nn.Module, EncoderMixin):
+    "The maps of a `TimmViTEncoder` behind an image, as `parameter_stages` reads them"
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self._in_channels, self._depth = encoder, encoder._in_channels, encoder._depth
+
+    def forward(self, x): return [x, *self.encoder(x)[0]]
+
 # %% ../../nbs/encoders/20_vit.ipynb #encoder
-class TimmViTEncoder(EncoderMixin, nn.Module):
-    "The maps between the blocks of a [timm](https://huggingface.co/docs/timm) model, all of one stride in a plain ViT"
+class TimmViTEncoder(_BlockReader, nn.Module):
+    "The maps between the blocks of a [timm](https://huggingface.co/docs/timm) model"
     def __init__(self,
         name: str, # Name of a timm model, with or without tag
         pretrained: bool = True, # Load timm's weights of that tag
@@ -107,38 +141,26 @@ class TimmViTEncoder(EncoderMixin, nn.Module):
 
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
-    ) -> tuple[list[Tensor], list[Tensor | None]]: # A map `(b, c, h/s, w/s)` and the tokens without a place `(b, p, c)`, or None, for each block that is read
-        seen = resize(x, self.fixed_size) if self.fixed_size else pad_to_multiple(x, self.output_stride)
-        options = {"return_prefix_tokens": True} if self.num_prefix_tokens else {}
-        maps = self.model.forward_intermediates(
-            seen, indices=self.output_indices, output_fmt="NCHW", intermediates_only=True, **options)
-        maps, prefix = zip(*maps) if options else (maps, [None]*len(maps))
+    ) -> tuple[list[Tensor], list[Tensor | None]]: # Maps, tokens without a place
+        "For each block that is read, its map `(b, c, h/s, w/s)` and its prefix `(b, p, c)` or None"
+        if self.fixed_size: seen = resize(x, self.fixed_size)
+        else: seen = pad_to_multiple(x, self.output_stride)
+        maps, prefix = self._read(seen)
         sizes = [level_size(x, stride) for stride in self.output_strides]
-        return [resize(f, size) for f, size in zip(maps, sizes)], list(prefix)
+        return [resize(f, size) for f, size in zip(maps, sizes)], prefix
 
-    @property
-    def output_stride(self) -> int: # Stride of the coarsest map
-        return max(self.output_strides)
+    def _read(self, x):
+        "timm's maps, and the tokens without a place"
+        read = partial(self.model.forward_intermediates, x, indices=self.output_indices,
+                       output_fmt="NCHW", intermediates_only=True)
+        if not self.num_prefix_tokens: return read(), [None]*self._depth
+        maps, prefix = zip(*read(return_prefix_tokens=True))
+        return maps, list(prefix)
 
-    @property
-    def has_prefix_tokens(self) -> bool: # Whether tokens without a place, such as the class token, come along
-        return self.num_prefix_tokens > 0
-
-    @property
-    def is_fixed_input_size(self) -> bool: # Whether images are resized to `fixed_size` first
-        return self.fixed_size is not None
-
-    def parameters_by_stage(self) -> dict[int, list[str]]: # Stage, 1 the first block that is read -> names of its parameters
-        "What belongs to the stretch before each block that is read"
-        table: dict[int, list[str]] = {}
-        for name, stage in parameter_stages(_Maps(self)).items():
-            table.setdefault(stage, []).append(name.removeprefix("encoder."))
-        return table
-
-    def unused_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
-        "Tensors of the whole model; the last norm, the classifier and blocks behind the last one that is read are not built"
-        whole = meta_model(self.name, in_chans=self._in_channels, **self._made_with)
-        return {f"model.{name}": tuple(t.shape) for name, t in whole.state_dict().items()}
+    def _whole(self):
+        "The model with what lies behind the last block that is read"
+        model = meta_model(self.name, in_chans=self._in_channels, **self._made_with)
+        return nn.ModuleDict({"model": model})
 
 # %% ../../nbs/encoders/20_vit.ipynb #encoder-helpers
 def _blocks(name, pretrained, in_channels, indices, kwargs):
@@ -162,22 +184,14 @@ def _prefix_tokens(model):
     if "return_prefix_tokens" not in takes: return 0
     return int(getattr(model, "num_prefix_tokens", 0) or 0)
 
-class _Maps(nn.Module, EncoderMixin):
-    "The maps of a `TimmViTEncoder` behind an image, as `parameter_stages` reads them"
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder, self._in_channels, self._depth = encoder, encoder._in_channels, encoder._depth
-
-    def forward(self, x): return [x, *self.encoder(x)[0]]
-
 # %% ../../nbs/encoders/20_vit.ipynb #get
 def get_vit_encoder(
     name: str | nn.Module, # `tu-<timm name>` or a timm name, or a `TimmViTEncoder`
     in_channels: int = 3, # Channels of the image
     depth: int = 4, # How many blocks to read
-    weights: Any = None, # None or False; True or "imagenet"; a file; a state dict; a function that returns one
+    weights: Any = None, # None, False, True, "imagenet", a file, a state dict, or a function
     output_indices: Sequence[int] | None = None, # Which blocks; None for equal distances
-    channel_strategy: str | Callable[[Tensor, int], Tensor] = "tile", # How weights for 3 channels become weights for `in_channels`
+    channel_strategy: str | Callable[[Tensor, int], Tensor] = "tile", # Adapts the first layer
     use_checkpoint: bool = False, # Recompute blocks in the backward pass, which saves memory
     **kwargs, # Arguments of the timm model
 ) -> TimmViTEncoder: # Encoder
@@ -188,19 +202,22 @@ def get_vit_encoder(
         if use_checkpoint or in_channels != name.in_channels: encoder = copy_structure(name)
     else:
         timm_name, weights = _timm_name(name, weights)
-        build = partial(TimmViTEncoder, timm_name, depth=depth, output_indices=output_indices, **kwargs)
+        build = partial(TimmViTEncoder, timm_name, depth=depth,
+                        output_indices=output_indices, **kwargs)
         encoder, has_weights = build_with_weights(build, name, timm_name, weights)
     strategy = {} if channel_strategy == "tile" else {"strategy": channel_strategy}
     encoder.set_in_channels(in_channels, pretrained=has_weights, **strategy)
     if use_checkpoint: encoder.set_gradient_checkpointing()
     return encoder
 
+# %% ../../nbs/encoders/20_vit.ipynb #get-steps
 def _timm_name(name, weights):
     "The timm model that a name stands for, with its tag, and the weights"
     import timm
     if name in encoders:
         hint = f": use 'tu-{name}'" if timm.is_model(name) else ""
-        raise ValueError(f"encoder_name={name!r} is a pyramid, and DPT reads the blocks of a timm model{hint}")
+        raise ValueError(f"encoder_name={name!r} is a pyramid, and DPT reads the blocks "
+                         f"of a timm model{hint}")
     timm_name, weights = with_tag(name.removeprefix("tu-"), weights)
     if not timm.is_model(timm_name): raise unknown_timm_model(timm_name)
     return timm_name, weights

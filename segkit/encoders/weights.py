@@ -20,8 +20,8 @@ def _fetch_tag(owner: str, tag: str, settings: Mapping[str, Any]) -> dict[str, T
     "State dict of one tag"
     repository, url = settings.get("repo_id"), settings.get("url")
     if not (repository or url):
-        raise ValueError(f"the weights {tag!r} of encoder {owner!r} name neither a 'url' nor a 'repo_id' "
-                         "in their pretrained_settings")
+        raise ValueError(f"the weights {tag!r} of encoder {owner!r} name neither a 'url' "
+                         "nor a 'repo_id' in their pretrained_settings")
     file = settings.get("filename", "model.safetensors")
     wanted = f"{file} of {repository} on the Hugging Face Hub" if repository else url
     try:
@@ -46,7 +46,8 @@ def offline_help(
     else: cache = cache_folder()/"weights"
     return (f"the weights of encoder {owner!r} could not be fetched. Wanted: {wanted}. "
             f"Looked in the cache {str(cache)!r} first. Without a network, pass a local file: "
-            "encoder_weights='path/to/model.safetensors' (or .pth); None starts from random weights")
+            "encoder_weights='path/to/model.safetensors' (or .pth); "
+            "None starts from random weights")
 
 # %% ../../nbs/encoders/01_weights.ipynb #resolve
 def resolve_weights(
@@ -83,7 +84,8 @@ def unknown_tag(
     close = nearest(tag, tags, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     known = ", ".join(map(repr, tags))
-    return f"encoder {owner!r} has no weights {tag!r}{hint} Its tags: {known}. A file ends in {suffixes}"
+    return (f"encoder {owner!r} has no weights {tag!r}{hint} Its tags: {known}. "
+            f"A file ends in {suffixes}")
 
 # %% ../../nbs/encoders/01_weights.ipynb #load
 def load_weights(
@@ -110,7 +112,7 @@ def _respelt(state, own):
     return {lost[key]: state[spare[key]] for key in lost if key in spare}
 
 def _by_spelling(names):
-    "Name without dots, underscores and a leading `model.` or `body.` -> the one name that is spelt so"
+    "Name without dots, underscores and a leading `model.` or `body.` -> the one such name"
     found: dict[str, list[str]] = {}
     for name in names:
         key = name.removeprefix("model.").removeprefix("body.").replace("_", ".")
@@ -126,7 +128,8 @@ def _misfit(owner, state, own, missing, wrong):
     if shapes: text += f". Of another shape: {_first_three(shapes, '; ')}"
     if missing:
         spare = [k for k in state if k not in own]
-        text += f". Missing: {_first_three(missing)}; given and not known: {_first_three(spare) or 'none'}"
+        text += f". Missing: {_first_three(missing)}; "
+        text += f"given and not known: {_first_three(spare) or 'none'}"
     return text
 
 def _first_three(names, between=", "):
@@ -145,7 +148,7 @@ def timm_tags(
 def with_tag(
     name: str, # What the user wrote, or the name of a timm model
     weights: Any, # Argument `encoder_weights`
-) -> tuple[str, Any]: # The timm name with the tag in it and True, if `weights` is a tag; otherwise both as they were
+) -> tuple[str, Any]: # Name with the tag in it and True, or both as they were
     "Move a tag from `encoder_weights` into the name"
     from timm.models import is_model
     is_tag = isinstance(weights, str) and weights != "imagenet" and not is_weights_file(weights)

@@ -21,8 +21,8 @@ class ClassificationHead(nn.Sequential):
         in_channels: int, # Channels of the encoder's deepest map
         classes: int, # Number of labels
         pooling: str = "avg", # "avg" or "max"
-        dropout: float | None = 0.2, # Probability of dropping a channel in training; None or 0 for none
-        activation: str | Callable | None = None, # Activation after the linear layer; None returns logits
+        dropout: float | None = 0.2, # Probability of dropping a channel; None for no dropout
+        activation: str | Callable | None = None, # Activation at the end; None returns logits
     ):
         check_choice("pooling", pooling, ["avg", "max"])
         if not isinstance(classes, int) or classes < 1:
@@ -38,7 +38,7 @@ class ClassificationHead(nn.Sequential):
     @classmethod
     def from_params(cls,
         in_channels: int, # Channels of the encoder's deepest map
-        aux_params: Mapping[str, Any] | None, # Arguments of the head, `classes` among them; None for no head
+        aux_params: Mapping[str, Any] | None, # Arguments, `classes` among them; None for no head
     ) -> "ClassificationHead | None": # The head, or None
         "Build the head that `aux_params` describes"
         if aux_params is None: return None
@@ -47,8 +47,8 @@ class ClassificationHead(nn.Sequential):
                             "{'classes': 4, 'pooling': 'avg', 'dropout': 0.2}")
         check_keywords("aux_params", aux_params, ["classes", "pooling", "dropout", "activation"])
         if "classes" not in aux_params:
-            raise ValueError(f"aux_params={dict(aux_params)!r} does not say how many labels there are: "
-                             "add 'classes'")
+            raise ValueError(f"aux_params={dict(aux_params)!r} does not say how many labels "
+                             "there are: add 'classes'")
         return cls(in_channels, **aux_params)
 
 # %% ../../nbs/heads/01_classification.ipynb #module-dir

@@ -19,7 +19,7 @@ class SegmentationHead(nn.Sequential):
         in_channels: int, # Channels of the decoder's map
         out_channels: int, # Channels of the mask: the number of classes, or 1 for a binary mask
         kernel_size: int = 3, # Height and width of the kernel; odd
-        activation: str | Callable | None = None, # Activation after the enlargement; None returns logits
+        activation: str | Callable | None = None, # Activation at the end; None returns logits
         upsampling: int = 1, # Factor of the enlargement
     ):
         if not isinstance(out_channels, int) or out_channels < 1:

@@ -70,28 +70,30 @@ class FreezeMixin:
         _set_frozen(self.encoder, stages, False)
         self.train(self.training)
 
-    def train(self,
-        mode: bool = True, # Training or evaluation
-    ):
-        "Switch to training or evaluation; frozen norms stay in evaluation"
-        super().train(mode)
-        for module in self.encoder.modules():
-            if getattr(module, "_frozen", False): module.eval()
-        return self
-
 # %% ../../nbs/model/02_model.ipynb #freeze-stages
 # norms that behave otherwise in training than in evaluation
 _MODAL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
+class _StayInEvaluation:
+    "In place of a norm's `train`"
+    def __init__(self, norm): self.norm = norm
+
+    def __call__(self, mode=True): return type(self.norm).train(self.norm, False)
+
 def _set_frozen(encoder, stages, frozen):
-    "Mark parameters and norms of these stages, or of all, as frozen or not"
+    "Freeze the parameters and norms of these stages, or of all; or unfreeze them"
     chosen = None if stages is None else _parameters_of(encoder, set(stages))
     for name, parameter in encoder.named_parameters():
         if chosen is None or name in chosen: parameter.requires_grad_(not frozen)
     for name, module in encoder.named_modules():
         if not isinstance(module, _MODAL_NORMS): continue
         own = {f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
-        if chosen is None or (own and own <= chosen): module._frozen = frozen
+        if chosen is None or (own and own <= chosen): _hold(module, frozen)
+
+def _hold(norm, frozen):
+    "Let a norm stay in evaluation, or listen to `train()` again"
+    if frozen: norm.train = _StayInEvaluation(norm)
+    else: vars(norm).pop("train", None)
 
 def _parameters_of(encoder, stages):
     "Names of the parameters of these stages"
