@@ -34,7 +34,8 @@ class GridMean(nn.Module):
         x: Tensor, # Map `(b, c, h, w)`
     ) -> Tensor: # Means `(b, c, n, n)`
         if not torch.jit.is_scripting():
-            if torch.compiler.is_exporting(): return exported_means(x, self.n)
+            exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+            if exporting: return exported_means(x, self.n)
         return F.adaptive_avg_pool2d(x, self.n)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #means
@@ -46,7 +47,7 @@ def grid_means(
     "Matrix that averages `size` values over `n` stretches, as adaptive pooling lays them out"
     stretch = torch.arange(n, device=like.device)[:, None]
     at = torch.arange(size, device=like.device)
-    inside = (at >= stretch*size//n) & (at < -(-(stretch + 1)*size//n))
+    inside = (at >= stretch*size//n) & (at < ((stretch + 1)*size + n - 1)//n)
     return inside.to(like.dtype)/inside.sum(1, keepdim=True)
 
 # %% ../../nbs/decoders/05_pspnet.ipynb #exported-means

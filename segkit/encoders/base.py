@@ -6,8 +6,7 @@
 __all__ = ['classifiers', 'EncoderMixin', 'check_encoder']
 
 # %% ../../nbs/encoders/00_base.ipynb #imports
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from torch import nn, Tensor
 
@@ -20,7 +19,7 @@ from .surgery import adapt_first_conv, dilate
 # %% ../../nbs/encoders/00_base.ipynb #mixin
 class _Facts:
     "What a decoder may ask of an encoder"
-    __constants__ = ["_in_channels", "_depth", "_output_stride"]  # for torch.jit.script
+    __constants__ = ["_in_channels", "_depth", "_output_stride", "image_first"]  # for torch.jit.script
     _out_channels: list[int]
     _depth: int = 5
     _in_channels: int = 3
@@ -28,7 +27,7 @@ class _Facts:
     _probe_size: tuple[int, int] = (64, 64)  # an image that the encoder takes: height and width
     has_center: bool = False  # whether U-Nets put two more convolutions after the deepest map
     image_first: bool = True  # whether level 0 is the image; VGG has a map of its own there
-    preprocessing: Mapping[str, Any] = {}  # how its weights want images; {} if nobody knows
+    preprocessing = {}  # mapping: how its weights want images; {} if nobody knows
 
     @property
     def out_channels(self) -> list[int]: # Channels of each map, finest first; 0 for no map

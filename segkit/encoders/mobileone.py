@@ -62,7 +62,9 @@ class MobileOneBlock(nn.Module):
         x: Tensor, # Map `(b, in_channels, h, w)`
     ) -> Tensor: # Map `(b, out_channels, h/stride, w/stride)`
         if self.reparam_conv is not None: return self.se(self.reparam_conv(x)).relu()
-        y = sum(branch(x) for branch in self.rbr_conv)
+        branches = [branch(x) for branch in self.rbr_conv]
+        y = branches[0]
+        for branch in branches[1:]: y = y + branch
         if self.rbr_scale is not None: y = y + self.rbr_scale(x)
         if self.rbr_skip is not None: y = y + self.rbr_skip(x)
         return self.se(y).relu()
@@ -126,9 +128,10 @@ class MobileOneEncoder(EncoderMixin, nn.Module):
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
         features = [x]
-        for i in range(self._depth):
-            x = getattr(self, f"stage{i}")(x)
-            features.append(x)
+        for stage in self.children():  # in their order
+            if len(features) <= self._depth:
+                x = stage(x)
+                features.append(x)
         return features
 
     def first_layers(self) -> list[nn.Module]: # The branches of the first layer

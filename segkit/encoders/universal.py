@@ -7,6 +7,7 @@ __all__ = ['PyramidFacts', 'feature_facts', 'plan_levels', 'pyramid_fit', 'prune
 
 # %% ../../nbs/encoders/02_universal.ipynb #imports
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn, Tensor
@@ -117,14 +118,14 @@ class TimmUniversalEncoder(EncoderMixin, nn.Module):
             if level <= self._depth: features[level] = self.fit.map(f, stride, x, seen)
         return fill_levels(x, features, self._depth, self._output_stride)
 
-    def _whole(self, **options):
-        "The model with all its maps"
-        model = meta_model(self.name, features_only=True, **options, **self._made_with)
-        return nn.ModuleDict({"model": model})
-
     def stored_tensors(self) -> dict[str, tuple[int, ...]]: # Name -> shape
         "Tensors that timm builds for these maps, also those that no map depends on"
-        return shapes(lambda: self._whole(out_indices=self._indices))
+        return shapes(partial(self._whole, out_indices=self._indices))
+
+    def _whole(self, **options):
+        "The model with all its maps, or with those of `out_indices`"
+        model = meta_model(self.name, features_only=True, **options, **self._made_with)
+        return nn.ModuleDict({"model": model})
 
 # %% ../../nbs/encoders/02_universal.ipynb #encoder-build
 def _fitted(name, output_stride, kwargs):

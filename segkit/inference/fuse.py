@@ -122,8 +122,8 @@ def _with_inference_form(model):
     if not type(model).forward.__module__.startswith("segkit."): return model
     decoder = model.decoder
     own = "inference_form" in vars(type(decoder)) and "forward" not in vars(decoder)
-    inside = [m for m in decoder.modules() if m is not decoder]
-    if own and all(map(_is_known, inside)): model.decoder = decoder.inference_form()
+    known = all(_is_known(m) for m in decoder.modules() if m is not decoder)
+    if own and known: model.decoder = decoder.inference_form()
     return model
 
 def _is_known(module):
