@@ -132,3 +132,16 @@ def test_freezing_leaves_the_bridge():
 def test_choice_of_maps():
     assert choose_maps([12, 17]*3, [2, 3, 4, 5]) == [5]*4
     assert choose_maps([7, 14, 14, 14], [2, 3, 4, 5], spread=True) == [0, 0, 1, 3]
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "cait_xxs24_224", "swin_tiny_patch4_window7_224"])
+def test_no_model_is_built_twice_to_be_asked_the_same(name, monkeypatch):
+    "Until its form is found a model is built once for each set of arguments, and then once more, to be used"
+    asked, create_model = [], timm.create_model
+    def create(name, **kwargs):
+        asked.append(tuple(sorted(kwargs.items())))
+        return create_model(name, **kwargs)
+    get_encoder(f"tu-{name}")  # its facts are known from here on
+    monkeypatch.setattr("timm.create_model", create)
+    with torch.device("meta"): get_encoder(f"tu-{name}", drop_path_rate=.123)
+    assert len(asked) == len(set(asked)) > 1

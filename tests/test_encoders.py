@@ -1,4 +1,6 @@
 """Encoders through the package: the words of the seed, errors, checkpoints, preprocessing without a network."""
+import functools
+
 import pytest
 import timm
 import torch
@@ -82,12 +84,16 @@ def test_local_files_in_every_form(name, tmp_path):
     assert all(t.sum().item() in given for k, t in loaded[0].state_dict().items() if "index" not in k)
 
 
+@functools.cache
+def some_state(name): return {k: torch.randn_like(t) if t.is_floating_point() else t for k, t in get_encoder(name).state_dict().items()}
+
+
 @pytest.mark.parametrize("n", [1, 2, 4, 7])
 @pytest.mark.parametrize("strategy", ["tile", "sum", "zero", lambda w, n: w.mean(1, keepdim=True).expand(-1, n, -1, -1)*2])
 @pytest.mark.parametrize("name, first", [("resnet18", "conv1.weight"), ("mit_b0", "patch_embed1.proj.weight"), ("tu-convnext_atto", "model.stem_0.weight")])
 def test_first_layer(name, first, strategy, n):
     "Against a sum over the channels, written out"
-    state = {k: torch.randn_like(t) if t.is_floating_point() else t for k, t in get_encoder(name).state_dict().items()}
+    state = some_state(name)
     old = state[first]
     state = {k.removeprefix("model."): t for k, t in state.items()}
     new = get_encoder(name, n, weights=state, channel_strategy=strategy).state_dict()[first]

@@ -9,6 +9,7 @@ __all__ = ['bridges', 'level_of', 'choose_maps', 'TimmBridgeEncoder']
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import nn, Tensor
@@ -178,16 +179,16 @@ def _read_until(name, pretrained, in_channels, indices, kwargs):
 @once_for_each
 def _block_fit(name, indices, **kwargs) -> tuple[Fit, bool]:
     "What the model needs to take any image, and whether its last norm fits the maps; by trial"
-    def make(**arguments):
-        model = meta_model(name, **arguments | kwargs)
-        return lambda x: _block_maps(model, x, indices)
+    @cache
+    def model(**arguments): return meta_model(name, **arguments | kwargs)
+    def make(**arguments): return partial(_block_maps, model(**arguments), indices=indices)
     every = block_facts(name).strides
     strides = [every[i] for i in indices]
     fit = find_fit(make, strides, native_size(name, kwargs))
     # a finer level must know where the image ends within the last cell
     if fit.is_identity: fit = replace(fit, multiple=max(strides))
     if len(set(map(level_of, every))) > 1: return fit, False
-    return fit, _norm_fits(meta_model(name, **dict(fit.arguments) | kwargs), fit, indices)
+    return fit, _norm_fits(model(**dict(fit.arguments)), fit, indices)
 
 def _norm_fits(model, fit, indices):
     "Whether the model's last norm leaves the maps their channels; that of SAM, a neck, does not"

@@ -7,7 +7,7 @@ __all__ = ['PyramidFacts', 'feature_facts', 'plan_levels', 'pyramid_fit', 'prune
 
 # %% ../../nbs/encoders/02_universal.ipynb #imports
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 from torch import nn, Tensor
@@ -55,6 +55,7 @@ def pyramid_fit(
 ) -> Fit: # What it needs
     "Try the pyramid of a timm model, once for each name and arguments"
     facts = feature_facts(name)
+    @cache
     def make(**arguments):
         model = meta_model(name, features_only=True, **arguments | kwargs)
         return lambda x: _channels_first(model(x)) if facts.channels_last else model(x)
