@@ -61,6 +61,7 @@ def main(
     if not program or program[0] in ("-h", "--help"): raise SystemExit(USAGE)
     install()
     sys.argv = program
+    sys.path.insert(1, os.path.join(os.path.dirname(os.path.abspath(__file__)), "seat"))
     if as_module: runpy.run_module(program[0], run_name="__main__", alter_sys=True)
     else:
         if not os.path.exists(program[0]):

@@ -1,4 +1,4 @@
-from ... import data as datasets
+from .. import pets as datasets
 from ... import base as base
 from ... import decoders as decoders
 from ... import encoders as encoders
