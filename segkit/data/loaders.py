@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..core.registry import check_keywords, did_you_mean
 from .blocks import SegmentationBlocks
-from .reading import Among, with_mask
 from .shims import quiet_import
 
 with quiet_import():
@@ -250,7 +249,6 @@ class MaskDataLoaders(DataLoaders):
         min_share: float = 0., # With "present", the smallest share of pixels that counts
         nodata: float | Sequence[float] | None = None, # Values of a picture that make pixels void
         scale: float | None = None, # Divides pictures that are not bytes; bytes then by 255
-        missing: str = "error", # "skip" leaves out the pictures whose masks are not there
         **kwargs: Any, # Arguments of fastai's loaders, such as `bs`, `num_workers`, `device`
     ) -> "MaskDataLoaders": # Batches (picture, mask), or (picture, mask, label)
         "Loaders from items and functions"
@@ -261,15 +259,14 @@ class MaskDataLoaders(DataLoaders):
             raise ValueError(f"{len(each)} pictures were found; "
                              "at least 2 are needed, one to train on and one to validate")
         _check_files("picture", [get_image(item) for item in each] if get_image else each)
-        kept = with_mask([get_mask(item) for item in each], missing)
+        _check_files("mask", [get_mask(item) for item in each])
         options = dict(in_channels=in_channels, bands=bands, values=values, void=void,
                        overlapping=overlapping, min_share=min_share, nodata=nodata, scale=scale)
-        labelled = [each[i] for i in kept]
-        blocks, get_y = _targets(codes, labelled, get_mask, get_label, labels, options)
+        blocks, get_y = _targets(codes, each, get_mask, get_label, labels, options)
         if img_cls is not None: blocks = (ImageBlock(img_cls), *blocks[1:])
         block = DataBlock(
             blocks, n_inp=1, get_x=get_image, get_y=get_y,
-            splitter=Among(kept, splitter or RandomSplitter(valid_pct, seed=seed)),
+            splitter=splitter or RandomSplitter(valid_pct, seed=seed),
             item_tfms=item_tfms, batch_tfms=batch_tfms)
         return _with_batches(cls.from_dblock(block, items, path=path, **{"bs": 64, **kwargs}))
 
