@@ -129,7 +129,6 @@ def test_light_of_pictures_with_their_own_scale_is_an_error():
 @pytest.mark.parametrize("orientation", [3, 5, 6, 8])
 def test_object_and_mask_overlap_where_the_camera_lay_on_its_side(tmp_path, name, orientation):
     "A bright corner, drawn upright in the mask; also where the mask itself has an orientation"
-    from segkit.data.reading import read_mask, read_picture
     stored, exif = np.zeros((64, 64), np.uint8), Image.Exif()
     stored[:16, :32] = 255
     exif[274] = orientation
@@ -139,8 +138,9 @@ def test_object_and_mask_overlap_where_the_camera_lay_on_its_side(tmp_path, name
     upright = Image.fromarray(stored)
     upright.getexif()[274] = orientation
     mask = np.asarray(ImageOps.exif_transpose(upright)) > 0
-    shown = read_picture(Image.open(file) if name == "pillow" else file, 3)[..., 0] > 127
-    assert (shown & mask).sum() == mask.sum() == shown.sum() == 512
+    shown = batch_of(Image.open(file) if name == "pillow" else file, 3)[0, 0].numpy() > .5
+    assert shown.shape == mask.shape and (shown & mask).sum() == mask.sum() == shown.sum() == 512
+    from segkit.data.reading import read_mask
     if name != "x.jpg": assert np.array_equal(read_mask(file) > 0, mask)
 
 # row 7: numbers that are none
@@ -184,12 +184,12 @@ def test_further_values_of_no_data(tmp_path):
 
 def test_a_mask_saved_as_jpeg_is_refused_whatever_its_name(tmp_path):
     "JPEG; JPEG under the name of a PNG, in a TIFF, opened by Pillow; lossy WebP"
-    from segkit.data.reading import read_mask
     mask = np.kron(np.random.default_rng(0).integers(0, 6, (4, 6), dtype=np.uint8), np.ones((8, 8), np.uint8))
     write(tmp_path, size=mask.shape)
     (tmp_path/"masks/2.png").unlink()
     Image.fromarray(mask).save(tmp_path/"masks/2.jpg")
     with pytest.raises(ValueError, match=r"2\.jpg.*JPEG"): segmentation_learner(load(tmp_path, range(6)), "Unet", check=None, **TINY)
+    from segkit.data.reading import read_mask
     (tmp_path/"named.png").write_bytes((tmp_path/"masks/2.jpg").read_bytes())
     Image.fromarray(mask).save(tmp_path/"in.tif", compression="jpeg")
     Image.fromarray(np.dstack([mask]*3)).save(tmp_path/"lossy.webp")

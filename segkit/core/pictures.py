@@ -8,7 +8,7 @@ __all__ = ['Decoded', 'source_name', 'decode', 'read_picture']
 # %% ../../nbs/core/09_pictures.ipynb #imports
 import io
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
