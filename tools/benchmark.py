@@ -1,6 +1,6 @@
 """Every architecture against segmentation_models_pytorch: time and memory, as a table.
 
-    python tools/benchmark.py                       # writes nbs/speed/benchmark.tsv
+    python tools/benchmark.py                       # writes nbs/benchmarks/inference.tsv
     python tools/benchmark.py --archs unet fpn --no-compile --out /tmp/some.tsv
 
 Both networks have the same random weights. The forms take turns, round after round, so that what else
@@ -23,7 +23,7 @@ from segkit import create_model, fuse
 from segkit.core.registry import architectures
 from segkit.inference import fold_norms
 
-OUT = Path(__file__).parents[1]/"nbs/speed/benchmark.tsv"
+OUT = Path(__file__).parents[1]/"nbs/benchmarks/inference.tsv"
 # encoder and size of architectures that do not take a ResNet of any size
 ENCODERS = {"dpt": ("tu-vit_tiny_patch16_224", 224)}
 FORMS = {
