@@ -9,7 +9,7 @@ _ini = ConfigParser(delimiters=["="])
 _ini.read(here/"settings.ini", encoding="utf-8")
 cfg = _ini["DEFAULT"]
 _status = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]
-examples = cfg["examples_requirements"].split()
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("examples", "tiff", "annotations")}
 
 setup(
     version=cfg["version"],
@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["segkit", "segkit.*"]),
     package_data={"": ["py.typed", "*.pyi", "*.tsv"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"examples": examples, "dev": cfg["dev_requirements"].split() + examples},
+    extras_require=extras | {"dev": cfg["dev_requirements"].split() + sum(extras.values(), [])},
     entry_points={"nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     long_description=(here/"README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from fastai.callback.core import Callback
 from fastai.data.block import DataBlock
@@ -18,7 +19,8 @@ from torch import nn
 
 import segkit
 from segkit.data import MaskDataLoaders, SegmentationBlocks, data_statistics, shims
-from segkit.data.blocks import VOID, TensorChannels, TensorVoidMask, read_array
+from segkit.data.blocks import VOID, TensorChannels, TensorVoidMask
+from segkit.data.reading import read_picture
 from segkit.learner import MaskScore, segmentation_learner
 
 torch.set_num_threads(1)
@@ -156,11 +158,10 @@ def test_a_wrong_number_of_bands_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"3\.npy: shape \(30, 40, 5\), expected \(h, w, 6\)"): segmentation_learner(dls, "Unet", **SMALL)
 
 def test_tiff_by_tifffile(tmp_path):
-    tifffile = pytest.importorskip("tifffile")
     bands = np.random.default_rng(0).integers(0, 60000, (7, 9, 5)).astype(np.uint16)
     tifffile.imwrite(tmp_path/"last.tif", bands, photometric="minisblack")
     tifffile.imwrite(tmp_path/"first.tif", bands.transpose(2, 0, 1), photometric="minisblack")
-    for name in ("last", "first"): assert np.array_equal(read_array(tmp_path/f"{name}.tif", 5), bands)
+    for name in ("last", "first"): assert np.array_equal(read_picture(tmp_path/f"{name}.tif", 5), bands)
     assert TensorChannels.create(tmp_path/"last.tif", 5).dtype == torch.float32
 
 def test_two_workers_read_void_masks(tmp_path):

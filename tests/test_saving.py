@@ -282,3 +282,22 @@ def test_folders_that_say_too_little(tmp_path):
     facts = json.loads((tmp_path/"preprocessing.json").read_text())
     (tmp_path/"preprocessing.json").write_text(json.dumps(facts | {"format_version": 2}))
     with pytest.raises(ValueError, match="format_version is 2, expected 1; update segkit"): segkit.load_predictor(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sixteen bits", "own units", "no data"])
+def test_numbers_of_every_kind(kind, tmp_path):
+    "What the reader of training does to numbers, the folder does, too"
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 65536, (8, 24, 32, 3)).astype(np.uint16)
+    options = {"sixteen bits": dict(scale=65535), "own units": {}, "no data": dict(nodata=[-9999., float("nan")])}[kind]
+    if kind != "sixteen bits": pictures = pictures.astype(np.float32)/1000 - 20
+    if kind == "no data": pictures[:, :3, :4] = -9999
+    dls = segkit.data.MaskDataLoaders.from_items(list(range(8)), lambda i: pictures[i], lambda i: np.full((24, 32), i % 2, np.uint8), ["a", "b"], bs=4, seed=0, num_workers=0, path=tmp_path, **options)
+    learn = segkit.segmentation_learner(dls, "Unet", **SMALL)
+    predictor, dl = segkit.load_predictor(learn.save_pretrained(tmp_path/"net")), dls.valid
+    dl = learn.dls.valid
+    dl.before_iter()
+    batch = dl.after_batch(dl.do_batch([dl.after_item(dl.dataset[0])]))[0].as_subclass(Tensor)
+    assert torch.allclose(predictor.seen(pictures[dl.dataset.items[0]]), batch, atol=1e-5)
+    if kind == "own units":
+        with pytest.raises(ValueError, match="holds bytes, but the pictures of training did not"): predictor(np.zeros((8, 8, 3), np.uint8))

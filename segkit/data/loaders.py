@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
+from torch import Tensor
 
 from ..core.registry import check_keywords, did_you_mean
 from .blocks import SegmentationBlocks
@@ -35,7 +36,7 @@ class FromColumn:
         self.column, self.folder, self.delimiter = column, folder, delimiter
 
     def __call__(self, row):
-        if isinstance(row, (str, Path, np.ndarray)): return row
+        if isinstance(row, (str, Path, bytes, np.ndarray, Tensor, Image.Image)): return row
         cell = row.iloc[self.column] if isinstance(self.column, int) else row[self.column]
         if self.folder is not None: return Path(self.folder)/str(cell)
         if self.delimiter is None: return cell
@@ -242,10 +243,12 @@ class MaskDataLoaders(DataLoaders):
         batch_tfms: Any = None, # fastai's transforms of a batch
         in_channels: int = 3, # Channels of the pictures
         bands: Sequence[int] = (0, 1, 2), # Channels shown as red, green and blue
-        values: Mapping[int, int] | Sequence[int] | None = None, # Class of each value in a file
-        void: int | Sequence[int] | None = None, # Values of a mask's file that mean void
+        values: Mapping | Sequence[int] | str | Path | None = None, # Class of each value or colour
+        void: Any = None, # Values, colours or names of a mask's file that mean void
         overlapping: bool = False, # Whether classes may share a pixel
         min_share: float = 0., # With "present", the smallest share of pixels that counts
+        nodata: float | Sequence[float] | None = None, # Values of a picture that make pixels void
+        scale: float | None = None, # Divides pictures that are not bytes; bytes then by 255
         **kwargs: Any, # Arguments of fastai's loaders, such as `bs`, `num_workers`, `device`
     ) -> "MaskDataLoaders": # Batches (picture, mask), or (picture, mask, label)
         "Loaders from items and functions"
@@ -258,7 +261,7 @@ class MaskDataLoaders(DataLoaders):
         _check_files("picture", [get_image(item) for item in each] if get_image else each)
         _check_files("mask", [get_mask(item) for item in each])
         options = dict(in_channels=in_channels, bands=bands, values=values, void=void,
-                       overlapping=overlapping, min_share=min_share)
+                       overlapping=overlapping, min_share=min_share, nodata=nodata, scale=scale)
         blocks, get_y = _targets(codes, each, get_mask, get_label, labels, options)
         if img_cls is not None: blocks = (ImageBlock(img_cls), *blocks[1:])
         block = DataBlock(

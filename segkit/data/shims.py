@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'DEFECTS', 'PATCHES', 'Hidden', 'quietly', 'quiet_import', 'Patch', 'repair_show_results', 'takes_crops',
-           'repair_broadcast']
+           'checks_light', 'repair_broadcast']
 
 # %% ../../nbs/data/00_shims.ipynb #imports
 import warnings
@@ -104,6 +104,9 @@ PATCHES = {
     "takes_crops": Patch("CropPad, RandomCrop, Resize, RandomResizedCrop, RatioResize",
         "entries for `TensorChannels`: `Resize(8)(picture)` leaves it as it was",
         "`data.blocks` defines the type"),
+    "checks_light": Patch("LightingTfm, Brightness, Contrast, Saturation, Hue",
+        "entries for `TensorChannels`: values above 1 become 1, a 16-bit picture white",
+        "`data.blocks` defines the type"),
     "IntToFloatTensor": Patch("IntToFloatTensor",
         "entry for `TensorChannels`: floats are divided by 255, too",
         "`data.blocks` is imported"),
@@ -145,6 +148,24 @@ def _enter(transform, cls):
     from PIL.Image import Image
     of_pillow = transform.encodes.invoke(object, Image)
     def encodes(self, x: cls): return of_pillow(self, x)
+    transform(encodes)
+
+# %% ../../nbs/data/00_shims.ipynb #light
+def checks_light(
+    cls: type, # Type of pictures with a method `check_light`, which takes the transform
+) -> type: # The same
+    "Let fastai's changes of light and colour ask pictures of this type first"
+    from fastai.vision.augment import Brightness, Contrast, Hue, LightingTfm, Saturation
+    for transform in (LightingTfm, Brightness, Contrast, Saturation, Hue): _ask(transform, cls)
+    return cls
+
+def _ask(transform, cls):
+    "Before `transform` changes a `cls`, its `check_light` is called"
+    from fastai.torch_core import TensorImage
+    of_tensor = transform.encodes.invoke(object, TensorImage)
+    def encodes(self, x: cls):
+        x.check_light(self)
+        return of_tensor(self, x)
     transform(encodes)
 
 # %% ../../nbs/data/00_shims.ipynb #broadcast

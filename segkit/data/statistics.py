@@ -101,13 +101,14 @@ def data_statistics(
     items = dls.train_ds if loaders else dls
     if codes is None and loaders: codes = find_attribute(dls, "codes")
     if codes is None: raise ValueError("the names of the classes are missing: give `codes`")
+    nodata = loaders and find_attribute(dls, "nodata") is not None
     classes = max(2, len(codes))
     chosen = spread_over(len(items), n)
     if len(chosen) == 0: raise ValueError("there are no items to look at")
     moments, void = Moments(), 0
     sums = torch.zeros(3, classes, dtype=torch.int64)
     for i in progress_bar(chosen, leave=False) if progress else chosen:
-        picture, mask = _tensors(*items[i][:2])
+        picture, mask = _tensors(*items[i][:2], nodata)
         pixels, known = _count(mask, classes, ignore_index)
         occurs = pixels > 0
         moments.add(picture[:, known])
@@ -117,7 +118,7 @@ def data_statistics(
     return Statistics(moments.mean, moments.std, *sums, void, len(chosen), list(codes))
 
 # %% ../../nbs/data/06_statistics.ipynb #call-parts
-def _tensors(picture, mask):
+def _tensors(picture, mask, nodata=False):
     "Picture `(channels, h, w)` as the batch will hold it, and mask"
     of_pillow = not isinstance(picture, Tensor)
     picture, mask = _tensor(picture), _tensor(mask).long()
@@ -125,7 +126,9 @@ def _tensors(picture, mask):
     if picture.shape[-2:] != mask.shape[-2:]:
         raise ValueError(f"a picture of height and width {tuple(picture.shape[-2:])} "
                          f"with a mask of {tuple(mask.shape[-2:])}")
-    return (picture.double()/255 if picture.dtype == torch.uint8 else picture), mask
+    if picture.dtype == torch.uint8: return picture.double()/255, mask
+    if nodata: mask = mask.masked_fill(picture.isnan().any(0), VOID)  # as the batch will have it
+    return picture, mask
 
 def _tensor(x):
     if isinstance(x, Tensor): return x.as_subclass(Tensor)

@@ -126,21 +126,44 @@ def check_items(
     n: int | None = 32, # Items looked at in each set; all of them if None
 ) -> None:
     """Raise `ValueError`, with the file's name, if a picture and its mask differ in size
-    or a mask has values without a code"""
+    or a mask has values without a code; and where the masks show fewer than two classes"""
+    seen = set()
     for dl in dls.loaders:
         for i in spread_over(len(dl.dataset), n):
-            if problem := _problem(dl, dl.dataset[i], targets):
+            if problem := _problem(dl, dl.dataset[i], targets, seen):
                 raise ValueError(f"{item_name(dl, i)}: {problem}")
+    if targets is not None: _check_classes(dls.train, targets, seen)
 
-def _problem(dl, item, targets):
-    "What is wrong with an item, in words; None if nothing is"
+def _problem(dl, item, targets, seen):
+    "What is wrong with an item, in words; None if nothing is. Values of its mask go to `seen`"
     picture, mask = (_size(part) for part in item[:2])
     if picture and mask and picture != mask:
         return f"the picture has height and width {picture}, its mask {mask}"
     if targets is None: return None
-    batch = to_device(dl.do_batch([dl.after_item(item)]), dl.device or "cpu")
-    wrong = wrong_values(dl.after_batch(batch)[1], targets)
+    mask = _batched(dl, item)[1]
+    seen.update(mask.as_subclass(Tensor).unique().tolist())
+    wrong = wrong_values(mask, targets)
     return _explain(wrong, targets) if wrong else None
+
+def _batched(dl, item):
+    "A batch of one item, through all transforms"
+    batch = to_device(dl.do_batch([dl.after_item(item)]), dl.device or "cpu")
+    return dl.after_batch(batch)
+
+# %% ../../nbs/data/00a_targets.ipynb #classes
+def _check_classes(dl, targets, seen):
+    "Raise where some pixels are void, and all others are of one class"
+    void = targets.ignore_index
+    if void not in seen or len(seen) > 2: return
+    for i in range(len(dl.dataset)):
+        seen.update(_batched(dl, dl.dataset[i])[1].as_subclass(Tensor).unique().tolist())
+        if len(seen) > 2: return
+    classes = [int(value) for value in seen - {void}]
+    if not classes: raise ValueError(f"each of the {i + 1} masks to train on is void everywhere")
+    names = targets.codes if targets.codes and len(targets.codes) > 1 else range(targets.values)
+    raise ValueError(f"in the {i + 1} masks to train on each pixel is {names[classes[0]]!r} or void, "
+                     "so there is nothing to learn: other classes are void everywhere. Where white "
+                     "is the object, pass `values=[0, 255]`, and no `void=255` or `ignore_index=255`")
 
 # %% ../../nbs/data/00a_targets.ipynb #check-spread
 def spread_over(
@@ -169,7 +192,17 @@ def _explain(wrong, targets):
     names = f" ({', '.join(map(str, targets.codes))})" if targets.codes else ""
     return (f"the mask has the value {found}, which is no code; "
             f"there are {targets.values}, 0 to {targets.values - 1}{names}. "
-            "Pass `ignore_index=` if it marks void pixels")
+            f"{_advice(wrong, targets)}")
+
+def _advice(wrong, targets):
+    "What such values are mostly due to, and what to type"
+    if wrong == [255] and targets.values == 2:
+        return "For masks in black and white pass `values=[0, 255]`; `void=255` if 255 is no class"
+    if len(wrong) > 5:
+        return ("So many mean a mask that was saved as JPEG or resized with interpolation, or "
+                "a picture of colours, `values={(0, 0, 0): 0, (128, 64, 0): 1}`")
+    return (f"Pass `values=` if they are classes; `void={wrong[0]:g}`, or `ignore_index=` to the "
+            "learner, if they mark void pixels")
 
 def _size(part):
     "Height and width of a picture, array or tensor; None of anything else"
