@@ -10,61 +10,36 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn, Tensor
 
+from ..core.pictures import read_picture, source_name
 from ..core.task import Task
 from ..inspect.pictures import overlay, palette
 from ..model.facts import check_facts, check_names
 from ..model.hub import facts_of, from_pretrained
 
 # %% ../../nbs/inference/30_predictor.ipynb #pixels
-def _pixels(picture, channels):
+def _pixels(picture, channels, facts):
     "Any picture as a tensor `(channels, h, w)`: bytes, or float32"
-    name = str(picture) if isinstance(picture, (str, os.PathLike)) else "the picture"
-    if isinstance(picture, (str, os.PathLike)): picture = _opened(Path(picture))
-    if isinstance(picture, Image.Image): picture = _array_of(picture, channels)
-    if isinstance(picture, Tensor): x = picture.detach().cpu().as_subclass(Tensor)
-    else: x = _channels_first(torch.from_numpy(np.array(picture)), channels)
-    if x.ndim == 2: x = x[None]
-    if x.ndim != 3 or len(x) != channels or 0 in x.shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)} with its channels first; "
-                         f"this model takes {channels} channels: ({channels}, h, w)")
-    if x.dtype == torch.uint8: return x
-    x = x.float()
-    if not x.isfinite().all(): raise ValueError(f"{name} has values that are not finite (NaN or inf)")
-    return x
+    nodata = [float(value) for value in facts["nodata"]] if "nodata" in facts else None
+    array = read_picture(picture, channels, nodata, facts.get("scale"))
+    if array.dtype == np.uint8 and not facts.get("bytes", True):
+        raise ValueError(f"{source_name(picture, 'the picture')} holds bytes, but the pictures of training "
+                         "did not: give floating numbers in their units")
+    x = torch.from_numpy(np.array(array.transpose(2, 0, 1)))
+    return x if nodata is None else _filled(x)
 
-def _channels_first(x, channels):
-    "An array's axes as a tensor has them; channels that come first already may stay"
-    if x.ndim != 3 or (x.shape[-1] != channels and x.shape[0] == channels): return x
-    return x.movedim(-1, 0)
-
-# %% ../../nbs/inference/30_predictor.ipynb #opened
-def _opened(file):
-    "The picture in a file"
-    if not file.is_file(): raise FileNotFoundError(f"there is no picture {str(file)!r}")
-    try:
-        if file.suffix.lower() == ".npy": return np.load(file, allow_pickle=False)
-        with Image.open(file) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
-
-def _array_of(image, channels):
-    "A Pillow picture as an array `(h, w)` or `(h, w, channels)`"
-    deep = image.mode[0] in "IF"  # more than a byte: its own scale
-    if not deep and channels in (1, 3): image = image.convert("L" if channels == 1 else "RGB")
-    array = np.asarray(image)
-    if deep: array = array.astype(np.float32)
-    return np.repeat(array[..., None], 3, -1) if deep and array.ndim == 2 and channels == 3 else array
+def _filled(x):
+    "A picture whose pixels without data have their channel's mean"
+    lacks = x.isnan().any(0)
+    mean = x.nanmean((1, 2), keepdim=True).nan_to_num(0)
+    return torch.where(lacks, mean, x)
 
 # %% ../../nbs/inference/30_predictor.ipynb #window
 @dataclass(frozen=True)
@@ -205,7 +180,7 @@ class Predictor:
         picture: Any, # A picture
     ) -> Tensor: # What is shown to the model `(1, c, H, W)`
         "A picture as the model sees it: resized and normalised as in training"
-        return _seen(self, _pixels(picture, self.channels))[0]
+        return _seen(self, _pixels(picture, self.channels, self.facts))[0]
 
     def __repr__(self):
         return f"Predictor of {self.model.name}: {self.task.mode}, {', '.join(self.classes)}"
@@ -229,7 +204,7 @@ def _completed(facts, model, where):
 @torch.no_grad()
 def _answer(predictor, picture):
     "Answer one picture"
-    x = _pixels(picture, predictor.channels)
+    x = _pixels(picture, predictor.channels, predictor.facts)
     h, w = x.shape[-2:]
     seen, window = _seen(predictor, x)
     like = next(predictor.model.parameters())

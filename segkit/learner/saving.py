@@ -23,6 +23,7 @@ import torch
 from ..core.files import read_data, write_atomically
 from ..core.names import few, unwrapped
 from ..core.registry import encoders
+from ..data.blocks import ReadPicture
 from ..data.shims import quiet_import
 from ..inference.predictor import Predictor, load_predictor
 from .splitter import unwrap
@@ -231,7 +232,8 @@ def _needs_of(learn):
 
 # %% ../../nbs/learner/08_saving.ipynb #transforms
 # transforms that do not change the numbers of a picture, or do what the predictor does by itself
-_NEUTRAL = {"ToTensor", "IntToFloatTensor", "AddMaskCodes", "_ShowBands"}
+_NEUTRAL = {"ToTensor", "IntToFloatTensor", "AddMaskCodes", "_ShowBands", "VoidWithoutData",
+            "LabelFromMask", "NamesPresent"}
 
 def _of_transforms(dl, ignore):
     "How pictures are resized and normalised, as facts"
@@ -253,6 +255,14 @@ def _resize_rule(t):
     "fastai's `Resize` as an entry of the facts"
     width, height = t.size
     return {"method": str(t.method), "size": [height, width], "pad_mode": str(t.pad_mode)}
+
+def _of_reader(dl):
+    "How files become numbers, as facts"
+    lists = getattr(dl.dataset, "tls", [])
+    reader = next((t for tl in lists for t in tl.tfms.fs if type(t) is ReadPicture), None)
+    if reader is None: return {}
+    nodata = None if reader.nodata is None else [str(v) for v in np.atleast_1d(reader.nodata)]
+    return {"bytes": reader.of_bytes, "scale": reader.scale, "nodata": nodata}
 
 # %% ../../nbs/learner/08_saving.ipynb #facts
 def _of_task(learn):
@@ -295,7 +305,7 @@ class FolderMixin:
         if not hasattr(model, "save_pretrained"):
             raise TypeError(f"a {type(model).__name__} cannot be built again from its arguments: "
                             "only models of segkit can; use `learn.export`")
-        facts = _of_transforms(dl, ignore) | _of_task(self)
+        facts = _of_transforms(dl, ignore) | _of_reader(dl) | _of_task(self)
         facts["weights_license"] = _license(model.config)
         if check and len(getattr(dl, "dataset", ())): _check_answer(model, facts, dl)
         given = {"facts": facts, "preprocessing": {}, "metrics": _scores(self), "dataset": dataset}
@@ -309,7 +319,9 @@ def _check_answer(model, facts, dl):
     dl.before_iter()  # fastai tells the transforms here that they are not in training
     batch = dl.do_batch([dl.after_item(item)])
     theirs = dl.after_batch(batch)[0].as_subclass(torch.Tensor).cpu()
-    ours = Predictor(model, facts).seen(picture)
+    read = {name: None for name in ("bytes", "scale")}  # the item was read already
+    if facts.get("nodata"): read["nodata"] = ["nan"]
+    ours = Predictor(model, facts | read).seen(picture)
     if facts["resize"] and facts["resize"]["method"] == "crop":  # the middle, as the data show it
         top, left = ((n - m)//2 for n, m in zip(ours.shape[-2:], theirs.shape[-2:]))
         if top or left: return

@@ -61,6 +61,11 @@ def _numbers(test=_is_number, n=None):
 
 def _is_names(x): return isinstance(x, list) and all(isinstance(name, str) for name in x)
 
+def _is_float(text):
+    try: float(text)
+    except ValueError: return False
+    return True
+
 def _is_side(x): return _is_whole(x) and 0 < x <= 2**16
 
 def _is_resize(x):
@@ -84,6 +89,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "class_names": (_is_names, "a list of names"),
     "label_names": (_is_names, "a list of names"),
     "void": (_is_whole, "a whole number"),
+    "bytes": (lambda x: isinstance(x, bool), "true or false"),
+    "scale": (lambda x: _is_number(x) and x > 0, "a number above 0"),
+    "nodata": (lambda x: _is_names(x) and all(map(_is_float, x)), 'a list such as ["-9999", "nan"]'),
     "scores": (lambda x: isinstance(x, dict), "a mapping from names to numbers"),
     "sha256": (lambda x: isinstance(x, dict) and _is_names([*x.values()]), "a mapping to checksums"),
 }
