@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..core.registry import check_choice
 from ..core.task import MULTICLASS_MODE, Task, compute_dtype
-from .base import (Batch, ChosenClassesLoss, SegmentationLoss, as_values, chunks,
-                                count_pixels, mean_over_classes, own_step, probabilities,
+from .base import (Batch, ChosenClassesLoss, SegmentationLoss, as_values, check_number,
+                                chunks, count_pixels, mean_over_classes, own_step, probabilities,
                                 safe_divide, wide_dtype)
 
 # %% ../../nbs/losses/01_region.ipynb #plain
@@ -185,7 +185,8 @@ class RegionLoss(_Steps):
         reduction: str = "mean", # `"mean"`, `"sum"` or `"none"`
     ):
         super().__init__(mode, classes, ignore_index, from_logits, reduction, class_weights)
-        self.log_loss, self.smooth, self.eps = log_loss, smooth, eps
+        self.log_loss, self.smooth = log_loss, check_number("smooth", smooth)
+        self.eps = check_number("eps", eps, above=True)
         self.empty = check_choice("empty", empty, EMPTY)
 
     def forward(self,
@@ -250,7 +251,8 @@ class TverskyLoss(RegionLoss):
     ):
         super().__init__(mode, classes, log_loss, from_logits, smooth, ignore_index, eps,
                          class_weights, empty=empty, reduction=reduction)
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
+        self.gamma = check_number("gamma", gamma, above=True)
 
     def aggregate_loss(self, loss: Tensor, present: Tensor | None = None) -> Tensor: # One number
         return _power(super().aggregate_loss(loss, present), self.gamma, self.eps)
@@ -275,7 +277,8 @@ class FocalTverskyLoss(RegionLoss):
     ):
         super().__init__(mode, classes, False, from_logits, smooth, ignore_index, eps,
                          class_weights, empty=empty, reduction=reduction)
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
+        self.gamma = check_number("gamma", gamma, above=True)
 
     def class_losses(self, sums: Tensor, pixels: Tensor, score: Tensor) -> Tensor: # `(c,)`
         return _power(super().class_losses(sums, pixels, score), 1/self.gamma, self.eps)
