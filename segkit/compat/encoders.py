@@ -6,7 +6,7 @@
 __all__ = ['resnet_encoders', 'dpn_encoders', 'vgg_encoders', 'senet_encoders', 'densenet_encoders', 'inceptionresnetv2_encoders',
            'inceptionv4_encoders', 'efficient_net_encoders', 'mobilenet_encoders', 'xception_encoders',
            'timm_efficientnet_encoders', 'timm_sknet_encoders', 'mix_transformer_encoders', 'mobileone_encoders',
-           'pretrained_settings', 'is_equivalent_to_timm_universal', 'TimmUniversalEncoder', 'ResNetEncoder',
+           'pretrained_settings', 'is_equivalent_to_timm_universal', 'SMPTimmUniversalEncoder', 'SMPResNetEncoder',
            'patch_first_conv', 'replace_strides_with_dilation', 'reparameterize_model', 'validate_output_indices',
            'preprocess_output_indices']
 
@@ -62,7 +62,7 @@ def is_equivalent_to_timm_universal(
     "Whether a `timm-` name is another spelling of a `tu-` name"
     return any(name.startswith(prefix) for prefix in timm_families.renamed)
 
-class TimmUniversalEncoder(universal.TimmUniversalEncoder):
+class SMPTimmUniversalEncoder(universal.TimmUniversalEncoder):
     "`TimmUniversalEncoder` that loads timm's weights unless told not to, as SMP's does"
     def __init__(self,
         name: str, # Name of a timm model
@@ -75,7 +75,7 @@ class TimmUniversalEncoder(universal.TimmUniversalEncoder):
         super().__init__(name, pretrained, in_channels, depth, output_stride, **kwargs)
 
 # %% ../../nbs/compat/03_encoders.ipynb #resnet
-class ResNetEncoder(resnet.ResNetEncoder):
+class SMPResNetEncoder(resnet.ResNetEncoder):
     "Residual network of torchvision's blocks, or of the arguments in segkit's table"
     def __init__(self,
         out_channels: Sequence[int], # Channels of each map at depth 5, finest first

@@ -62,42 +62,49 @@ heads: SegmentationHead ClassificationHead
 encoders: get_encoder
 compat.base: supports_config_loading
 [decoders.unet.decoder]
-compat.decoders: UnetDecoderBlock UnetCenterBlock UnetDecoder
+compat.decoders SMP: UnetDecoderBlock UnetDecoder
+compat.decoders: UnetCenterBlock
 [decoders.unetplusplus.decoder]
-compat.decoders: DecoderBlock=UnetPlusPlusBlock CenterBlock=UnetCenterBlock UnetPlusPlusDecoder
+compat.decoders SMP: UnetPlusPlusDecoder
+compat.decoders: DecoderBlock=UnetPlusPlusBlock CenterBlock=UnetCenterBlock
 [decoders.manet.decoder]
 decoders.manet: PABBlock=PositionAttention
-compat.decoders: MFABBlock DecoderBlock=MAnetBlock MAnetDecoder
+compat.decoders SMP: MAnetDecoder
+compat.decoders: MFABBlock DecoderBlock=SMPMAnetBlock
 [decoders.linknet.decoder]
 decoders.linknet: DecoderBlock=LinknetBlock
-compat.decoders: TransposeX2 LinknetDecoder
+compat.decoders SMP: TransposeX2 LinknetDecoder
 [decoders.fpn.decoder]
-compat.decoders: MergeBlock Conv3x3GNReLU FPNBlock SegmentationBlock FPNDecoder
+compat.decoders SMP: MergeBlock FPNDecoder
+compat.decoders: Conv3x3GNReLU FPNBlock SegmentationBlock
 [decoders.pspnet.decoder]
 decoders.pspnet: PSPBlock PSPModule PSPDecoder
 [decoders.deeplabv3.decoder]
 decoders.deeplabv3: DeepLabV3Decoder ASPPPooling=ImagePooling ASPP
-compat.decoders: DeepLabV3PlusDecoder ASPPConv ASPPSeparableConv SeparableConv2d
+compat.decoders SMP: DeepLabV3PlusDecoder SeparableConv2d
+compat.decoders: ASPPConv ASPPSeparableConv
 """
 
 # %% ../../nbs/compat/00_tree.ipynb #table-decoders-2
 _MORE_DECODERS = """
 [decoders.pan.decoder]
-compat.decoders: ConvBnRelu FPABlock GAUBlock PANDecoder
+compat.decoders SMP: PANDecoder
+compat.decoders: ConvBnRelu FPABlock GAUBlock
 [decoders.upernet.decoder]
 core.layers: LayerNorm2d
-compat.decoders: PSPModule=PyramidPooling FPNLateralBlock UPerNetDecoder
+compat.decoders SMP: UPerNetDecoder
+compat.decoders: PSPModule=SMPPyramidPooling FPNLateralBlock
 [decoders.segformer.decoder]
-compat.decoders: MLP SegformerDecoder
+compat.decoders SMP: MLP SegformerDecoder
 [decoders.dpt.decoder]
 core.layers: Activation
-compat.decoders: ReadoutConcatBlock ReadoutAddBlock ReadoutIgnoreBlock ReassembleBlock
-compat.decoders: DPTSegmentationHead
-compat.decoders: ResidualConvBlock FusionBlock DPTDecoder
+compat.decoders SMP: ReadoutConcatBlock ReadoutAddBlock ReadoutIgnoreBlock ReassembleBlock
+compat.decoders SMP: DPTSegmentationHead
+compat.decoders SMP: ResidualConvBlock FusionBlock DPTDecoder
 [decoders.dpt.model]
 encoders: TimmViTEncoder
 compat.base: is_torch_compiling
-compat.decoders: DPTDecoder DPTSegmentationHead
+compat.decoders SMP: DPTDecoder DPTSegmentationHead
 """
 
 # %% ../../nbs/compat/00_tree.ipynb #table-architectures
@@ -116,14 +123,15 @@ def _architectures():
         yield f"[decoders.{package}.model]\ndecoders: {names}\n"
         for name in names.split():
             decoder = "PSPDecoder" if name == "PSPNet" else f"{name}Decoder"
-            yield f"{_UNCHANGED.get(decoder, 'compat.decoders')}: {decoder}\n"
+            yield f"{_UNCHANGED.get(decoder, 'compat.decoders SMP')}: {decoder}\n"
 
 # %% ../../nbs/compat/00_tree.ipynb #table-encoders
 _ENCODERS = """
 [encoders]
 encoders: encoders get_encoder get_encoder_names get_preprocessing_params get_preprocessing_fn
 encoders: preprocess_input TimmViTEncoder
-compat.encoders: is_equivalent_to_timm_universal TimmUniversalEncoder
+compat.encoders SMP: TimmUniversalEncoder
+compat.encoders: is_equivalent_to_timm_universal
 compat.encoders: resnet_encoders dpn_encoders vgg_encoders senet_encoders densenet_encoders
 compat.encoders: inceptionresnetv2_encoders inceptionv4_encoders efficient_net_encoders
 compat.encoders: mobilenet_encoders xception_encoders timm_efficientnet_encoders
@@ -137,7 +145,7 @@ encoders: preprocess_input
 [encoders._legacy_pretrained_settings]
 compat.encoders: pretrained_settings
 [encoders.timm_universal]
-compat.encoders: TimmUniversalEncoder
+compat.encoders SMP: TimmUniversalEncoder
 [encoders.timm_vit]
 encoders: TimmViTEncoder
 encoders.vit: sample_block_indices_uniformly
@@ -149,7 +157,8 @@ _FAMILIES = """
 [encoders.[!_]*]
 encoders: EncoderMixin
 [encoders.resnet]
-compat.encoders: ResNetEncoder resnet_encoders
+compat.encoders SMP: ResNetEncoder
+compat.encoders: resnet_encoders
 torchvision.models.resnet: ResNet BasicBlock Bottleneck
 [encoders.dpn]
 compat.encoders: DPNEncoder dpn_encoders
@@ -230,15 +239,18 @@ metrics: negative_likelihood_ratio
 compat.training: BaseObject Metric Loss SumOfLosses MultipliedLoss
 [utils.losses]
 core.layers: Activation
-compat.training: JaccardLoss DiceLoss L1Loss MSELoss CrossEntropyLoss NLLLoss BCELoss
+compat.training SMP: JaccardLoss DiceLoss
+compat.training: L1Loss MSELoss CrossEntropyLoss NLLLoss BCELoss
 compat.training: BCEWithLogitsLoss
 [utils.metrics]
 core.layers: Activation
 compat.training: IoU Fscore Accuracy Recall Precision
 [utils.functional]
-compat.training: iou jaccard f_score accuracy precision recall
+compat.training: iou jaccard f_score accuracy=batch_accuracy precision=batch_precision
+compat.training: recall=batch_recall
 [utils.meter]
-compat.training: Meter AverageValueMeter
+compat.training SMP: Meter
+compat.training: AverageValueMeter
 [utils.train]
 compat.training: Epoch TrainEpoch ValidEpoch AverageValueMeter
 """
@@ -307,10 +319,11 @@ def _sections(text):
 def _names(lines):
     "Name -> home, from the lines of a section"
     for line in lines:
-        module, _, names = line.partition(": ")
+        home, _, names = line.partition(": ")
+        module, _, prefix = home.partition(" ")
         for name in names.split():
             theirs, _, ours = name.partition("=")
-            yield theirs, Home(module, ours or theirs)
+            yield theirs, Home(module, ours or prefix + theirs)
 
 def _read(text):
     "Module of SMP -> its names and where they live"
