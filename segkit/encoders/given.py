@@ -73,29 +73,14 @@ def _holes(owner, found, depth, deepest, missing):
             f"also needs {needed}. A timm model by its name, encoder_name='tu-<timm name>', "
             "may do better")
 
-# %% ../../nbs/encoders/81_given.ipynb #encoder
-class ModuleEncoder(nn.Module, EncoderMixin):
-    "A module that returns feature maps, behind the contract of an encoder"
-    def __init__(self,
-        model: nn.Module, # Returns a list or dict of maps; or a timm model, which is copied
-        depth: int = 5, # Deepest level
-        size: tuple[int, int] | None = None, # The one size that it takes; None for any
-    ):
+# %% ../../nbs/encoders/81_given.ipynb #ask
+class _Asked(nn.Module):
+    "A module that is asked for its maps"
+    def __init__(self, model):
         super().__init__()
         self._classifier = hasattr(model, "forward_intermediates")
         self.model = copy.deepcopy(model) if self._classifier else model
-        self._depth, self._indices = depth, None
-        owner = f"the {type(model).__name__} that was given"
-        found = measure(self, owner, size)
-        plan = arrange(owner, found, depth)
-        levels = {level: found[i] for level, i in plan.items()}
-        if self._classifier: self._indices, plan = _prune(self.model, plan)
-        self._plan = {level: (i, levels[level].channels_last) for level, i in plan.items()}
-        self.image_first = 0 not in plan
-        channels = {0: self._in_channels} | {level: f.channels for level, f in levels.items()}
-        self._out_channels = [channels.get(level, 0) for level in range(depth + 1)]
-        deepest = max(f.level for f in levels.values())
-        self._output_stride = 2**deepest if deepest < depth else max(32, 2**depth)
+        self._indices = None  # numbers of a classifier's maps; None for all
 
     def maps(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
@@ -107,6 +92,36 @@ class ModuleEncoder(nn.Module, EncoderMixin):
         maps = self.model(x)
         return list(maps.values()) if isinstance(maps, Mapping) else maps
 
+    def _prune(self, plan):
+        "Drop what no map of the plan needs; the plan, with the positions of the maps that stay"
+        if not self._classifier: return plan
+        wanted = sorted(plan.values())
+        self._indices = self.model.prune_intermediate_layers(
+            wanted, prune_norm=True, prune_head=True)
+        return {level: wanted.index(i) for level, i in plan.items()}
+
+# %% ../../nbs/encoders/81_given.ipynb #encoder
+class ModuleEncoder(_Asked, EncoderMixin):
+    "A module that returns feature maps, behind the contract of an encoder"
+    def __init__(self,
+        model: nn.Module, # Returns a list or dict of maps; or a timm model, which is copied
+        depth: int = 5, # Deepest level
+        size: tuple[int, int] | None = None, # The one size that it takes; None for any
+    ):
+        super().__init__(model)
+        self._depth = depth
+        owner = f"the {type(model).__name__} that was given"
+        found = measure(self, owner, size)
+        plan = arrange(owner, found, depth)
+        levels = {level: found[i] for level, i in plan.items()}
+        self.image_first = 0 not in plan
+        positions = self._prune(plan)
+        self._plan = {level: (i, levels[level].channels_last) for level, i in positions.items()}
+        channels = {0: self._in_channels} | {level: f.channels for level, f in levels.items()}
+        self._out_channels = [channels.get(level, 0) for level in range(depth + 1)]
+        deepest = max(f.level for f in levels.values())
+        self._output_stride = 2**deepest if deepest < depth else max(32, 2**depth)
+
     def forward(self,
         x: Tensor, # Image `(b, in_channels, h, w)`
     ) -> list[Tensor]: # `depth + 1` maps, finest first
@@ -116,13 +131,6 @@ class ModuleEncoder(nn.Module, EncoderMixin):
             f = maps[i].permute(0, 3, 1, 2).contiguous() if channels_last else maps[i]
             features[level] = resize(f, level_size(x, min(2**level, self._output_stride)))
         return fill_levels(x, features, self._depth, self._output_stride)
-
-# %% ../../nbs/encoders/81_given.ipynb #prune
-def _prune(model, plan):
-    "Drop what no map of the plan needs; the numbers of the maps that stay, and their positions"
-    wanted = sorted(plan.values())
-    kept = model.prune_intermediate_layers(wanted, prune_norm=True, prune_head=True)
-    return kept, {level: wanted.index(i) for level, i in plan.items()}
 
 # %% ../../nbs/encoders/81_given.ipynb #measure
 class _Maps(nn.Module):
