@@ -169,6 +169,7 @@ def _read_tiff(source, indices, max_pixels):
         except Exception: pages = None  # of a kind that Pillow does not know
         if pages is None: return _by_tifffile(source, indices, max_pixels)
         _check_size(image.size, max_pixels)
+        image.seek(pages[0])
         nodata = _as_number(image.tag_v2.get(_NODATA))
         found = [_page(image, i, indices) for i in pages]
     if len(found) == 1: return found[0]._replace(nodata=nodata)
@@ -287,6 +288,7 @@ def _are_first(found, channels):
     "Whether the channels stand before height and width"
     if not found.axes.endswith("?"): return False
     first, last = found.array.shape[0] == channels, found.array.shape[-1] == channels
+    if found.axes == "last?" and found.array.shape[-1] == 1: return False  # grey
     return first if first != last else found.axes == "first?"
 
 # %% ../../nbs/core/09_pictures.ipynb #picture-convert
@@ -310,12 +312,17 @@ def _grey(array):
 # %% ../../nbs/core/09_pictures.ipynb #values
 _LARGEST = 1e30  # beyond it no measurement lies, only values that mean "none"
 
+def _largest(array):
+    "The largest number that may be meant; 16 bits end before"
+    if array.dtype.kind != "f": return _LARGEST
+    return min(_LARGEST, float(np.finfo(array.dtype).max))
+
 def _lacks_data(array, nodata):
     "Which pixels have no data `(h, w)`"
     hit = np.zeros(array.shape, bool)
     for value in () if nodata is None else np.atleast_1d(nodata):
         if np.isnan(value): hit |= array != array
-        elif abs(value) > _LARGEST: hit |= array*np.sign(value) > _LARGEST
+        elif abs(value) > _LARGEST: hit |= array*np.sign(value) > _largest(array)
         else: hit |= _equals(array, value)
     return hit.all(-1) if array.dtype.kind in "bu" else hit.any(-1)
 
@@ -326,7 +333,7 @@ def _equals(array, value):
 def _check_values(array, lacks, of_file, name):
     "Raise where a value cannot be meant"
     wrong = np.zeros(array.shape, bool)
-    if array.dtype.kind == "f": wrong = ~(np.abs(array) <= _LARGEST)
+    if array.dtype.kind == "f": wrong = ~(np.abs(array) <= _largest(array))
     if of_file is not None and array.dtype != np.uint8: wrong |= _equals(array, of_file)
     wrong[lacks] = False
     if not wrong.any(): return

@@ -1,3 +1,4 @@
+from . import annotations as annotations
 from . import blocks as blocks
 from . import brain as brain
 from . import camvid as camvid
@@ -16,6 +17,10 @@ from . import statistics as statistics
 from . import tiny as tiny
 from . import weights as weights
 from . import whole as whole
+from .annotations import CocoMasks as CocoMasks
+from .annotations import GeoJsonMasks as GeoJsonMasks
+from .annotations import LabelmeMasks as LabelmeMasks
+from .annotations import VocMasks as VocMasks
 from .blocks import SegmentationBlocks as SegmentationBlocks
 from .blocks import image_block as image_block
 from .blocks import mask_block as mask_block

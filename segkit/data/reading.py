@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['VOID', 'read_mask', 'value_table', 'Colours', 'is_colour', 'read_colours', 'MaskReader', 'is_layered', 'paint',
-           'with_mask', 'Among', 'read_picture']
+           'read_picture']
 
 # %% ../../nbs/data/00c_reading.ipynb #imports
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..core.pictures import decode, source_name
 from ..core.pictures import read_picture  # noqa: F401  to be had from here as well
-from ..core.registry import check_choice, did_you_mean
+from ..core.registry import did_you_mean
 
 _all_ = ["read_picture"]
 
@@ -301,40 +301,6 @@ def _is_there(source):
         raise ValueError(f"{name}: a mask of one class has the shape {array.shape} and the values "
                          f"{found[:5].tolist()}; expected (h, w), 0 and one other")
     return array != 0
-
-# %% ../../nbs/data/00c_reading.ipynb #missing
-def with_mask(
-    sources: Sequence, # The mask of each picture: a file, several, an array; None for none
-    missing: Literal["error", "skip"] = "error", # What to do about masks that are not there
-) -> list[int]: # Places of the pictures whose masks are there
-    "Which pictures have masks; `FileNotFoundError` if some have none, unless they are skipped"
-    check_choice("missing", missing, ("error", "skip"))
-    lost = {i: files for i, source in enumerate(sources) if (files := _lost(source))}
-    kept = [i for i in range(len(sources)) if i not in lost]
-    if kept and (missing == "skip" or not lost): return kept
-    names = [file for files in lost.values() for file in files]
-    raise FileNotFoundError(f"{len(lost)} of {len(sources)} masks are not there, such as "
-                            f"{', '.join(names[:3])}; `missing=\"skip\"` leaves their pictures out")
-
-def _lost(source):
-    "The files of a mask that are not there"
-    if source is None: return ["None"]
-    if isinstance(source, Mapping): source = list(source.values())
-    parts = source if isinstance(source, (list, tuple)) else [source]
-    files = [part for part in parts if isinstance(part, (str, Path))]
-    return [str(file) for file in files if not Path(file).is_file()]
-
-# %% ../../nbs/data/00c_reading.ipynb #among
-class Among:
-    "A splitter whose sets have chosen items only"
-    def __init__(self,
-        kept: Sequence[int], # Places of the chosen items
-        splitter: Callable, # From all items to the indices of each set
-    ):
-        self.kept, self.splitter = set(kept), splitter
-
-    def __call__(self, items):
-        return tuple([int(i) for i in some if int(i) in self.kept] for some in self.splitter(items))
 
 # %% ../../nbs/data/00c_reading.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821
