@@ -99,7 +99,8 @@ def test_several_faults_are_listed(tmp_path):
 def test_pictures_of_8_and_of_16_bits_do_not_mix(tmp_path):
     write(tmp_path)
     Image.fromarray(np.full((24, 32), 40000, np.uint16)).save(tmp_path/"images/005.png")
-    with pytest.raises(ValueError, match=r"7 of uint8.*1 of uint16, such as .*005\.png"): MaskDataLoaders.from_folder(tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match=r"005\.png \(uint16, as 1 of them\).*\(uint8, as 7 of them\).*`scale=`"): MaskDataLoaders.from_folder(tmp_path, **OPTIONS)
+    assert MaskDataLoaders.from_folder(tmp_path, scale=65535, **OPTIONS).one_batch()[0].max() <= 1
 
 @pytest.mark.parametrize("mode, expected", [("1", "uint8"), ("L", "uint8"), ("LA", "uint8"), ("P", "uint8"), ("RGBA", "uint8"), ("I;16", "uint16"), ("I", "int32"), ("F", "float32")])
 def test_headers_of_all_modes(tmp_path, mode, expected):

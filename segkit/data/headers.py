@@ -313,10 +313,11 @@ def _listed(wrong, n, total):
 
 def _different(depths):
     "The text of an error for pictures with different kinds of numbers"
-    kinds = sorted(depths, key=lambda kind: -depths[kind][1])
-    found = "; ".join(f"{depths[kind][1]} of {kind}, such as {depths[kind][0]}" for kind in kinds)
+    rare_first = sorted(depths.items(), key=lambda entry: entry[1][1])
+    found = "; ".join(f"{file} ({kind}, as {n} of them)" for kind, (file, n) in rare_first)
     return (f"the pictures have different kinds of numbers, and so different scales: {found}. "
-            f"Bring them to one kind, or leave out those that are not {kinds[0]}")
+            "Bring them to one kind, or give the loaders `scale=`, the value that stands for "
+            "white where it is not 255, such as 65535")
 
 def watched(
     items: Iterable, # What to go through
