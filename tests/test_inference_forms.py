@@ -4,28 +4,23 @@ import copy
 import pytest
 import torch
 from oracle import randomise, relative_error
-from torch import nn
 
 import segkit
 
 SIZES = [(64, 96), (65, 71), (33, 100), (128, 40)]
-VIT = dict(decoder_intermediate_channels=(16, 24, 32, 32), decoder_fusion_channels=24)
 CASES = [
-    ("fpn", "resnet18", {}), ("fpn", "resnet18", {"decoder_merge_policy": "cat"}), ("fpn", "resnet50", {}),
-    ("fpn", "resnet18", {"decoder_interpolation": "bicubic"}), ("fpn", "resnet18", {"encoder_depth": 3}),
-    ("fpn", "tu-test_convnext", {"encoder_depth": 4}),
     ("upernet", "resnet18", {}), ("upernet", "resnet18", {"encoder_depth": 3, "decoder_use_norm": False}),
     ("upernet", "mit_b0", {"decoder_interpolation": "nearest"}), ("upernet", "resnet18", {"decoder_use_norm": "layernorm"}),
     ("segformer", "resnet18", {}), ("segformer", "mit_b0", {}), ("segformer", "resnet18", {"decoder_composed": True}),
-    ("dpt", "tu-vit_tiny_patch16_224", VIT), ("dpt", "tu-vit_tiny_patch16_224", VIT | {"decoder_readout": "ignore"}),
+    ("unet", "resnet18", {}), ("unet", "resnet18", {"encoder_depth": 3, "decoder_channels": (32, 16, 8)}),
+    ("unetplusplus", "resnet18", {}), ("unetplusplus", "resnet18", {"encoder_depth": 3, "decoder_channels": (32, 16, 8)}),
 ]
 
 
 def with_form(model):
     "A copy whose decoder has its form for inference"
     form = copy.deepcopy(model)
-    if hasattr(form, "inference_form"): form = form.inference_form()
-    if hasattr(form.decoder, "inference_form"): form.decoder = form.decoder.inference_form()
+    form.decoder = form.decoder.inference_form()
     return form
 
 
@@ -47,19 +42,7 @@ def test_equal_to_the_plain_form(arch, encoder, options):
         assert relative_error(got, expected) < 1e-11
 
 
-@pytest.mark.parametrize("arch, encoder, options", [CASES[0], CASES[13]], ids=str)
-@torch.no_grad()
-def test_a_replaced_head_keeps_the_plain_decoder(arch, encoder, options):
-    "The layers of a head of the user's own stay where they are"
-    model = build(arch, encoder, options)
-    model.segmentation_head = nn.Conv2d(model.decoder.out_channels, 7, 1).double()
-    form = copy.deepcopy(model).inference_form()
-    assert type(form.decoder) is type(model.decoder)
-    x = torch.randn(1, 3, 65, 71, dtype=torch.float64)
-    assert torch.equal(form(x), model(x))
-
-
-@pytest.mark.parametrize("arch, encoder, options", [CASES[i] for i in (0, 6, 10, 13)], ids=str)
+@pytest.mark.parametrize("arch, encoder, options", [CASES[i] for i in (0, 4, 7, 9)], ids=str)
 @torch.no_grad()
 def test_the_original_is_not_changed_by_a_form_of_its_copy(arch, encoder, options):
     model = build(arch, encoder, options)

@@ -2,10 +2,12 @@
 
 A page defines its classes again and registers them, so a page that ran before in the same process would leave its `Unet` in
 the tables that the next page reads. `nbdev-test` shares processes; here each page gets a fresh fork of one that has
-imported the large libraries, which is quick. Large pages start first."""
+imported the large libraries, which is quick. Large pages start first. Two pages run at a time, each on one thread:
+where a page asks for two, they would wait for each other."""
 import multiprocessing
 import sys
 import time
+import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -22,6 +24,9 @@ def pages(names):
 
 def run(page):
     "Run one notebook; the exit code says how it went"
+    import torch
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda n: None
     from nbdev.config import get_config
     from nbdev.test import test_nb
     config = get_config(page)
@@ -32,7 +37,10 @@ def main(names):
     if "--help" in names: return print(__doc__)
     todo = pages(names)
     total, begin, running, failed = len(todo), time.monotonic(), {}, []
-    import matplotlib.pyplot, timm, torch, torchvision  # noqa: E401, F401, I001 (the forks need not import them)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # the forks need not import these again
+        import fastai.vision.all, IPython, matplotlib.pyplot, nbdev.test, scipy.stats, sklearn.metrics, timm  # noqa: E401, F401, I001
     context = multiprocessing.get_context("spawn" if sys.platform in ("darwin", "win32") else "fork")
     while todo or running:
         while todo and len(running) < WORKERS:

@@ -33,43 +33,34 @@ def convolve_enlarged(
     size: tuple[int, int], # Height and width of the large map
     mode: str = "bilinear", # One of `INTERPOLATIONS`
     align_corners: bool = False, # As in `F.interpolate`
-    bias: Tensor | None = None, # What each tap adds inside the map `(o, 3, 3)`
 ) -> Tensor: # Map `(b, o, h, w)`
     "The 3x3 convolution, padded by 1, of a map that was enlarged, without enlarging it first"
     if has_torch_function((x, weight)):
         return handle_torch_function(
-            convolve_enlarged, (x, weight), x, weight, size, mode, align_corners, bias)
+            convolve_enlarged, (x, weight), x, weight, size, mode, align_corners)
     if torch.compiler.is_compiling():  # a program for all sizes: the plain order
-        return _plain_order(x, weight, size, mode, align_corners, bias)
+        return F.conv2d(resize(x, size, mode, align_corners), weight, padding=1)
     rows, columns = (_shifted(enlargement(n, m, x, mode, align_corners))
                      for n, m in zip(x.shape[-2:], size))
     y = x.new_zeros(len(x), len(weight), *size)
     for image, result in zip(x.split(1), y):  # one image and one row of the kernel at a time,
         for i, row in enumerate(rows):        # for the memory of one
-            constants = None if bias is None else bias[:, i]
-            wide = _row_of_taps(image, weight[:, :, i], columns, constants)
+            wide = _row_of_taps(image, weight[:, :, i], columns)
             result.baddbmm_(row.expand(len(weight), -1, -1), wide[0])
     return y
 
 # %% ../../nbs/core/03a_enlarged.ipynb #convolve-parts
-def _row_of_taps(x, weight, columns, bias):
+def _row_of_taps(x, weight, columns):
     "Three taps beside each other, enlarged along the columns `(b, o, h', w)`"
     taps = weight.permute(2, 0, 1).reshape(-1, weight.shape[1], 1, 1)  # (3*o, c, 1, 1)
-    y = F.conv2d(x, taps, None if bias is None else bias.T.flatten())
-    y = y.unflatten(1, (3, len(weight))).permute(0, 2, 3, 1, 4).flatten(3)  # (b, o, h', 3*w')
+    y = F.conv2d(x, taps).unflatten(1, (3, len(weight)))  # (b, 3, o, h', w')
+    y = y.permute(0, 2, 3, 1, 4).flatten(3)  # (b, o, h', 3*w')
     return y @ columns.permute(0, 2, 1).flatten(0, 1)
 
 def _shifted(matrix):
     "The matrix as each of the three taps along an axis needs it `(3, size, n)`"
     padded = F.pad(matrix, (0, 0, 1, 1))
     return torch.stack([padded[:-2], padded[1:-1], padded[2:]])
-
-def _plain_order(x, weight, size, mode, align_corners, bias):
-    "Enlarge, then convolve; what the taps add enters as one more channel of ones"
-    y = F.conv2d(resize(x, size, mode, align_corners), weight, padding=1)
-    if bias is None: return y
-    ones = torch.ones_like(y[:1, :1])
-    return y + F.conv2d(ones, bias[:, None], padding=1)
 
 # %% ../../nbs/core/03a_enlarged.ipynb #conv-of
 def conv_of(

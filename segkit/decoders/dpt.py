@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['readouts', 'ReadoutIgnoreBlock', 'ReadoutAddBlock', 'ReadoutConcatBlock', 'ReassembleBlock', 'ResidualConvBlock',
-           'FusionBlock', 'DPTDecoder', 'DPTSegmentationHead', 'DPT', 'DPTInference']
+           'FusionBlock', 'DPTDecoder', 'DPTSegmentationHead', 'DPT']
 
 # %% ../../nbs/decoders/11_dpt.ipynb #imports
 import warnings
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core.enlarged import convolve_enlarged
 from ..core.geometry import resize
 from ..core.layers import Activation, BatchNorm2d, channels_second
 from ..model.model import SegmentationModel
@@ -120,17 +119,11 @@ class FusionBlock(nn.Module):
         coarser: Tensor | None, # Coarser map `(b, channels, h', w')`, or None
         size: tuple[int, int], # Height and width of the result
     ) -> Tensor: # Map `(b, channels, h, w)`
-        # a 1x1 convolution and an enlargement change places: so it sees a quarter of the pixels
-        return resize(self.project(self.mix(x, coarser)), size, align_corners=True)
-
-    def mix(self,
-        x: Tensor, # Map of the pyramid `(b, channels, h', w')`
-        coarser: Tensor | None, # Map of the coarser level, or None
-    ) -> Tensor: # Map `(b, channels, h', w')`
-        "The two units, and the sum between them"
         x = self.residual_conv_block1(x)
         if coarser is not None: x = x + coarser
-        return self.residual_conv_block2(x)
+        x = self.residual_conv_block2(x)
+        # a 1x1 convolution and an enlargement change places: so it sees a quarter of the pixels
+        return resize(self.project(x), size, align_corners=True)
 
 # %% ../../nbs/decoders/11_dpt.ipynb #decoder
 readouts = {
@@ -164,14 +157,6 @@ class DPTDecoder(nn.Module):
     def forward(self,
         features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens of the blocks
     ) -> Tensor: # Map `(b, fusion_channels, h/2, w/2)`
-        maps, sizes = self.pyramid(features)
-        x = None
-        for k, fuse in enumerate(self.fusion_blocks): x = fuse(maps[-1 - k], x, sizes[-2 - k])
-        return x
-
-    def pyramid(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens of the blocks
-    ) -> tuple[list[Tensor], list[tuple[int, int]]]: # Maps; sizes from stride 2 on
         maps, prefix_tokens = features
         # images are padded to a multiple of the stride, so the first map tells their size
         height, width = maps[0].shape[-2:]
@@ -179,7 +164,10 @@ class DPTDecoder(nn.Module):
         sizes = [((height + s - 1)//s, (width + s - 1)//s) for s in (2, *self.strides)]
         read = [block(maps[k], prefix_tokens[k]) for k, block in enumerate(self.projection_blocks)]
         blocks = zip(self.reassemble_blocks, read, sizes[1:])
-        return [reassemble(x, size) for reassemble, x, size in blocks], sizes
+        pyramid = [reassemble(x, size) for reassemble, x, size in blocks]
+        y = None
+        for k, fuse in enumerate(self.fusion_blocks): y = fuse(pyramid[-1 - k], y, sizes[-2 - k])
+        return y
 
 # %% ../../nbs/decoders/11_dpt.ipynb #head
 class DPTSegmentationHead(nn.Module):
@@ -248,15 +236,6 @@ class DPT(SegmentationModel):
         maps, _ = features
         return maps[-1]
 
-    def inference_form(self) -> "DPT": # The model itself, with another decoder and head
-        "Move the layers of the head into the decoder; changes the model, so give it a copy"
-        decoder, head = self.decoder, self.segmentation_head
-        ours = type(decoder) is DPTDecoder and type(head) is DPTSegmentationHead
-        if ours and head.head[0].kernel_size == (3, 3):
-            self.decoder = DPTInference(decoder, head.head)
-            head.head = nn.Identity()
-        return self
-
 # %% ../../nbs/decoders/11_dpt.ipynb #checks
 def _check_widths(widths, depth):
     "Raise unless there is one number for each map"
@@ -273,39 +252,6 @@ def _warn_without_prefix(encoder, readout):
     if readout == "ignore" or encoder.has_prefix_tokens: return
     warnings.warn(f"decoder_readout={readout!r}, but {encoder.name!r} has no tokens "
                   "without a place; 'ignore' says what happens", UserWarning, stacklevel=4)
-
-# %% ../../nbs/decoders/11_dpt.ipynb #fast
-class DPTInference(DPTDecoder):
-    "A `DPTDecoder` and the layers of its head, convolved before enlarging; for inference"
-    def __init__(self,
-        decoder: DPTDecoder, # Decoder whose parts are taken
-        head: nn.Sequential, # Layers of the head; its norm may be folded
-    ):
-        nn.Module.__init__(self)
-        self.strides, self.encoder_stride = decoder.strides, decoder.encoder_stride
-        self.projection_blocks = decoder.projection_blocks
-        self.reassemble_blocks = decoder.reassemble_blocks
-        self.fusion_blocks = decoder.fusion_blocks
-        project = decoder.fusion_blocks[-1].project
-        decoder.fusion_blocks[-1].project = nn.Identity()
-        conv, self.norm, self.relu, _, self.classes = head
-        kernel = torch.einsum("omij,mc->ocij", conv.weight, project.weight[:, :, 0, 0])
-        self.kernel = nn.Parameter(kernel.detach(), requires_grad=False)
-        constants = torch.einsum("omij,m->oij", conv.weight, project.bias)
-        self.constants = nn.Parameter(constants.detach(), requires_grad=False)
-        bias = torch.zeros_like(project.bias) if conv.bias is None else conv.bias
-        self.bias = nn.Parameter(bias.detach()[:, None, None].clone(), requires_grad=False)
-
-    def forward(self,
-        features: tuple[Sequence[Tensor], Sequence[Tensor | None]], # Maps and tokens of the blocks
-    ) -> Tensor: # Logits `(b, classes, h/2, w/2)`
-        maps, sizes = self.pyramid(features)
-        *coarse, last = self.fusion_blocks
-        x = None
-        for k, fuse in enumerate(coarse): x = fuse(maps[-1 - k], x, sizes[-2 - k])
-        x = last.mix(maps[0], x)
-        x = convolve_enlarged(x, self.kernel, sizes[0], "bilinear", True, self.constants)
-        return self.classes(self.relu(self.norm(x + self.bias)))
 
 # %% ../../nbs/decoders/11_dpt.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821

@@ -70,7 +70,7 @@ def fuse(
         expected = [tree_leaves(exact(x)) for x in pictures]
         rewritten = merge_branches(copy.deepcopy(exact), pictures[0], 1e-6)
         fold_norms(rewritten)
-        fused = Fused(_as_graph(_with_inference_forms(rewritten)), model.encoder.in_channels)
+        fused = Fused(_as_graph(_with_inference_form(rewritten)), model.encoder.in_channels)
         for x, masks in zip(pictures, expected): _assert_same(tree_leaves(fused(x)), masks, x)
         return fused.to(like.device, dtype or like.dtype)
 
@@ -116,17 +116,14 @@ def _assert_same(got, expected, x):
                                "this is a bug, please report it")
 
 # %% ../../nbs/inference/10_fuse.ipynb #forms
-def _with_inference_forms(model):
-    "The model, its decoder and its heads in the forms that they have for inference"
+def _with_inference_form(model):
+    "The model, with its decoder in the form that it has for inference"
     # a forward of a user's own may read parts that a form does not have
     if not type(model).forward.__module__.startswith("segkit."): return model
-    model = _form_of(model)
-    for name, part in list(model.named_children()): setattr(model, name, _form_of(part))
+    decoder = model.decoder
+    own = "inference_form" in vars(type(decoder)) and "forward" not in vars(decoder)
+    if own: model.decoder = decoder.inference_form()
     return model
-
-def _form_of(part):
-    own = "inference_form" in vars(type(part)) and "forward" not in vars(part)
-    return part.inference_form() if own else part
 
 # %% ../../nbs/inference/10_fuse.ipynb #graph
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
