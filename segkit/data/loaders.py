@@ -305,7 +305,7 @@ class MaskDataLoaders(DataLoaders):
                        overlapping=overlapping, min_share=min_share, nodata=nodata, scale=scale)
         blocks, get_y = _targets(codes, each, get_mask, get_label, labels, options)
         if img_cls is not None: blocks = (ImageBlock(img_cls), *blocks[1:])
-        if img_cls is not None and (nodata, scale) != (None, None):
+        if img_cls is not None and not (nodata is None and scale is None):
             raise ValueError("img_cls= reads the pictures itself, without `nodata` and `scale`")
         block = DataBlock(blocks, n_inp=1, get_x=get_image, get_y=get_y, splitter=splits,
                           item_tfms=item_tfms, batch_tfms=batch_tfms)
