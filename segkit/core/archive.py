@@ -188,8 +188,9 @@ def download(
 
 def _fetched(archive, folder):
     "The file of an archive, complete and checked"
+    known = archive.md5 or archive.start_md5
     try:
-        file = fetch(archive.url, folder=folder)
+        file = fetch(archive.url, folder=folder, check=archive.check if known else None)
         if not file.is_file(): raise FileNotFoundError("no such file")
     except OSError as error:
         raise OSError(f"{archive.url} could not be fetched ({error}). Without a network, "

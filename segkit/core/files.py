@@ -189,6 +189,7 @@ def fetch(
     url: str, # Address of a file; `file://` addresses are read where they are
     sha256: str | None = None, # Checksum of the file in hexadecimal digits, or the first of them
     folder: str | os.PathLike | None = None, # Where to keep it; None for `weights` in `cache_folder()`
+    check: Callable[[Path], Any] | None = None, # Raises `ValueError` for a file that is not the one
 ) -> Path: # The complete file
     "Download a file once; an interrupted download goes on where it stopped"
     parts = urlparse(url)
@@ -199,7 +200,7 @@ def fetch(
     if _in_order(target, sha256): return target  # the cache may be read-only
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):  # one process downloads, others wait
-        if not _in_order(target, sha256): _complete(url, sha256, target)
+        if not _in_order(target, sha256): _complete(url, sha256, check, target)
     return target
 
 def _in_order(target, sha256):
@@ -216,11 +217,13 @@ def _in_order(target, sha256):
 def _note(target): return target.with_name(f"{target.name}.sha256")
 
 # %% ../../nbs/core/06a_files.ipynb #fetch-parts
-def _complete(url, sha256, target):
+def _complete(url, sha256, check, target):
     "Download to `target`, by a part file that the next call can go on with"
     part = target.with_name(target.name + ".part")
-    _download(url, part, sha256 is not None)
-    try: _verified(part, sha256)
+    _download(url, part, sha256 is not None or check is not None)
+    try:
+        _verified(part, sha256)
+        if check is not None: check(part)
     except ValueError:
         part.unlink()
         raise
