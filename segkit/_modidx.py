@@ -2973,4 +2973,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'segkit.model.model._with_encoder_of_today': ( 'model/model.html#_with_encoder_of_today',
                                                                                    'segkit/model/model.py'),
                                     'segkit.model.model._without_unused': ('model/model.html#_without_unused', 'segkit/model/model.py'),
-                                    'segkit.model.model.check_images': ('model/model.html#check_images', 'segkit/model/model.py')}}}
+                                    'segkit.model.model.check_images': ('model/model.html#check_images', 'segkit/model/model.py'),
+                                    'segkit.model.model.image_channels': ('model/model.html#image_channels', 'segkit/model/model.py')}}}

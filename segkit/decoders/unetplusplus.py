@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from ..core.init import initialize_head
 from ..core.geometry import INTERPOLATIONS, cut_back, pad_to_multiple
 from ..model.config import take_renamed
-from ..model.model import SegmentationModel, check_images
+from ..model.model import SegmentationModel, check_images, image_channels
 from ..core.layers import SCSEModule
 from ..core.registry import architectures, check_choice
 from .unet import check_widths, JoinedBlock, UnetDecoderBlock
@@ -121,7 +121,7 @@ class _DeepSupervision:
         x: Tensor, # Images `(b, in_channels, h, w)`
     ) -> Tensor: # Images `(b, in_channels, H, W)`
         "Pad to a multiple of the whole network's stride"
-        check_images(x, self.encoder.in_channels)
+        check_images(x, image_channels(self.encoder, x))
         return pad_to_multiple(x, self.frame_stride)
 
     def forward(self,
