@@ -50,7 +50,7 @@ class SMPUnetDecoderBlock(unet.UnetDecoderBlock):
         skip: Tensor | None = None, # The same, in segkit's call
     ) -> Tensor: # Map `(b, out_channels, h, w)`
         size = target_height, target_width
-        if isinstance(target_height, tuple):  # segkit's call: size, skip
+        if isinstance(target_height, (tuple, list)):  # segkit's call: size, skip
             size, skip_connection = target_height, target_width if skip is None else skip
         x = resize(feature_map, size, self.interpolation_mode)
         if skip_connection is not None:
@@ -103,7 +103,7 @@ class UnetPlusPlusBlock(SMPUnetDecoderBlock):
         skip: Any = None, # Maps beside it `(b, skip_channels, 2h', 2w')`
         beside: Tensor | None = None, # In segkit's call, where `skip` is the size
     ) -> Tensor: # Map `(b, out_channels, 2h', 2w')`
-        if isinstance(skip, tuple): return super().forward(x, skip, beside)
+        if isinstance(skip, (tuple, list)): return super().forward(x, skip, beside)
         height, width = x.shape[-2:]
         return super().forward(x, 2*height, 2*width, skip)
 
@@ -563,8 +563,9 @@ class SMPDPTSegmentationHead(dpt.DPTSegmentationHead):
         x: Tensor, # Decoder's map `(b, in_channels, h, w)`
     ) -> Tensor: # Mask `(b, out_channels, upsampling*h, upsampling*w)`
         x = self.head(x)
-        size = [int(side*self.upsampling) for side in x.shape[-2:]]
-        return self.activation(resize(x, tuple(size), "bilinear", align_corners=True))
+        height, width = x.shape[-2:]
+        size = int(height*self.upsampling), int(width*self.upsampling)
+        return self.activation(resize(x, size, "bilinear", align_corners=True))
 
 # %% ../../nbs/compat/02_decoders.ipynb #models
 _ORDER = ("unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3",
