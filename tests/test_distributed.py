@@ -52,6 +52,7 @@ def test_scores_with_an_odd_number_of_pictures(results):
     alone, *two = results
     for r in two:
         for name in ("mask_miou", "mask_dice"): assert r["scores"][name] == pytest.approx(alone["scores"][name], rel=1e-3)
+        for name in ("valid_loss", "mask_loss", "label_loss", "label_accuracy"): assert r["scores"][name] == pytest.approx(alone["scores"][name], rel=1e-4), name
     assert all(r["training"] for r in results)
 
 def test_resumed(results):

@@ -1,8 +1,4 @@
 """Masks and labels in one `Learner`: what fastai does with one target must work with two"""
-import multiprocessing
-import os
-import random
-import signal
 from contextlib import nullcontext
 from functools import partial
 
@@ -22,7 +18,7 @@ from fastai.interpret import Interpretation
 from fastai.learner import Learner, load_learner
 from fastai.metrics import DiceMulti, F1Score, JaccardCoeffMulti, accuracy, foreground_acc
 from fastai.torch_core import TensorMask
-from fastai.vision.augment import Flip, Resize
+from fastai.vision.augment import Resize
 from fastai.vision.data import ImageBlock, MaskBlock
 from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score
@@ -548,32 +544,7 @@ def test_top_losses_by_either_head(pair, files):
     assert torch.allclose(values, expected.sort(descending=True).values, atol=1e-4)
     assert [str(i) for i in items] == [str(files[4 + i]) for i in order]
 
-# a run that is killed
-
-def train(files, path, resume, kill=None):
-    "Three epochs; the process is killed in the middle of epoch `kill`"
-    class Kill(Callback):
-        def after_batch(self):
-            if self.training and self.epoch == kill: os.kill(os.getpid(), signal.SIGKILL)
-    seed = 99 if resume else 0  # a resumed run must not depend on how it was seeded
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
-    learn = quiet(segmentation_learner(loaders(files, batch_tfms=Flip()), "Unet", aux_params={}, **SMALL))
-    learn.path = path
-    learn.fit_one_cycle(3, 1e-2, cbs=[Checkpoint("run"), Kill()])
-    return [list(row) for row in learn.recorder.values], learn.model.state_dict()
-
-def test_a_killed_run_resumes_to_the_same_losses(files, tmp_path):
-    rows, weights = train(files, tmp_path/"whole", False)
-    # a fresh process: a fork of one whose threads compute may wait for ever
-    child = multiprocessing.get_context("spawn").Process(target=train, args=(files, tmp_path/"killed", False, 1))
-    child.start()
-    child.join(240)
-    assert child.exitcode == -signal.SIGKILL
-    assert (tmp_path/"killed/models/run.ckpt").exists()
-    again, same = train(files, tmp_path/"killed", True)
-    assert again == rows
-    assert all(torch.equal(v, same[k]) for k, v in weights.items())
-    assert not (tmp_path/"killed/models/run.ckpt").exists()
+# averaged weights, and runs that break off (more in test_runs.py)
 
 class Steps(Callback):
     "The weights after every step"

@@ -211,3 +211,17 @@ def test_closed_forms_equal_the_plain_ones(name, mode, void):
         weights = torch.linspace(.5, 2, value.numel(), dtype=torch.float64).view(value.shape)
         results.append((value.detach(), torch.autograd.grad((value * weights).sum(), x)[0]))
     assert_close(*results, rtol=1e-9, atol=1e-12)
+
+# numbers that make no sense
+
+@pytest.mark.parametrize("build, said", [
+    (lambda: losses.TverskyLoss("binary", alpha=-1), "alpha=-1: expected a number from 0 on"), (lambda: losses.TverskyLoss("binary", beta=float("nan")), "beta=nan"),
+    (lambda: losses.TverskyLoss("binary", gamma=0), "gamma=0: expected a number above 0"), (lambda: losses.FocalTverskyLoss("binary", gamma=-1), "gamma=-1"),
+    (lambda: losses.FocalTverskyLoss("binary", alpha="1"), "alpha='1'"), (lambda: losses.FocalLoss("binary", gamma=-1), "gamma=-1: expected a number from 0 on"),
+    (lambda: losses.FocalLoss("binary", gamma=float("inf")), "gamma=inf"), (lambda: losses.FocalLoss("binary", reduced_threshold=2), "reduced_threshold=2: expected a number from 0 to 1"),
+    (lambda: losses.FocalLoss("binary", eps=.7), "eps=0.7"), (lambda: losses.SoftCrossEntropyLoss(smooth_factor=2), "smooth_factor=2: expected a number from 0 to 1"),
+    (lambda: losses.SoftBCEWithLogitsLoss(smooth_factor=-.1), "smooth_factor=-0.1"), (lambda: losses.DiceLoss("binary", smooth=-1), "smooth=-1"), (lambda: losses.JaccardLoss("binary", eps=0), "eps=0: expected a number above 0"),
+    (lambda: losses.MCCLoss(eps=-1), "eps=-1"), (lambda: losses.SoftClDiceLoss("binary", smooth=0), "smooth=0"), (lambda: losses.OHEMCrossEntropyLoss("binary", threshold=2), "threshold=2"),
+])
+def test_numbers_that_make_no_sense_are_refused(build, said):
+    with pytest.raises(ValueError, match=said): build()

@@ -170,3 +170,12 @@ def test_tensors_of_fastai():
     mask = pytest.importorskip("fastai.torch_core").TensorMask
     pred, true = torch.randint(0, 3, (2, 8, 8)), torch.randint(0, 3, (2, 8, 8))
     for a, b in zip(get_stats(mask(pred), mask(true), "multiclass", num_classes=3), get_stats(pred, true, "multiclass", num_classes=3)): assert torch.equal(a, b)
+
+
+def test_binary_masks_with_and_without_a_channel():
+    "Also of other numbers of dimensions behind it, with void and with a threshold"
+    output, target = torch.rand(3, 4, 5), torch.randint(0, 2, (3, 4, 5))
+    target[:, 0] = 255
+    for kwargs in ({"threshold": .5}, {"threshold": .2, "ignore_index": 255}):
+        flat, with_channel = (get_stats(o, t, "binary", **kwargs) for o, t in ((output, target), (output[:, None], target[:, None])))
+        for a, b in zip(flat, with_channel): assert a.shape == (3, 1) and torch.equal(a, b)

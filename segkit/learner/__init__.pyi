@@ -1,7 +1,8 @@
+from .callbacks import CheckLoss as CheckLoss
 from .callbacks import CheckOptimizer as CheckOptimizer
 from .callbacks import CheckTargets as CheckTargets
+from .callbacks import CheckWatched as CheckWatched
 from .callbacks import EMA as EMA
-from .callbacks import Checkpoint as Checkpoint
 from .callbacks import FreezeBatchNorm as FreezeBatchNorm
 from .callbacks import GuardMixing as GuardMixing
 from .interpret import SegmentationInterpretation as SegmentationInterpretation
@@ -10,11 +11,15 @@ from .learner import default_loss as default_loss
 from .learner import segmentation_learner as segmentation_learner
 from .metrics import LossPart as LossPart
 from .metrics import MaskScore as MaskScore
+from .metrics import MeanLoss as MeanLoss
 from .metrics import default_metrics as default_metrics
 from .metrics import label_metric as label_metric
 from .metrics import mask_metric as mask_metric
 from .mixing import ClassMix as ClassMix
 from .mixing import MaskCutMix as MaskCutMix
 from .mixing import MaskMixUp as MaskMixUp
+from .resuming import Checkpoint as Checkpoint
+from .resuming import read_checkpoint as read_checkpoint
 from .splitter import CheckedSplitter as CheckedSplitter
 from .splitter import segmentation_splitter as segmentation_splitter
+from .trial import try_loss as try_loss

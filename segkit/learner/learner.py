@@ -8,7 +8,7 @@ __all__ = ['LEARNER_ARGUMENTS', 'SegmentationLearner', 'default_loss', 'segmenta
 # %% ../../nbs/learner/03_learner.ipynb #imports
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -37,11 +37,13 @@ from ..encoders.preprocessing import get_preprocessing_params, unit_statistics
 from ..inference.tiles import tiled
 from ..inference.views import View, ViewsModel
 from .callbacks import (
-    RECORDED, CheckOptimizer, CheckTargets, FreezeBatchNorm, GuardMixing)
+    CheckLoss, CheckOptimizer, CheckTargets, CheckWatched, FreezeBatchNorm, GuardMixing)
 from .distributed import several_processes
-from .metrics import default_metrics
+from .metrics import MeanLoss, default_metrics
+from .resuming import RECORDED
 from .splitter import CheckedSplitter, has_encoder, segmentation_splitter, unwrap
-from ..losses.distribution import SoftBCEWithLogitsLoss
+from .trial import takes_label, try_loss
+from ..losses.distribution import SoftBCEWithLogitsLoss, SoftCrossEntropyLoss
 from ..losses.multitask import MultiTaskLoss, SumLoss
 from ..losses.region import DiceLoss
 
@@ -50,6 +52,7 @@ with quiet_import():
     from fastai.callback import all as _callbacks  # noqa: F401  adds `fit_one_cycle`, `lr_find`, ...
     from fastai.callback.core import CancelEpochException
     from fastai.callback.progress import CSVLogger
+    from fastai.callback.schedule import LRFinder
     from fastai.data.core import DataLoaders
     from fastai.data.transforms import Normalize, ToTensor
     from fastai.learner import Learner
@@ -59,6 +62,10 @@ with quiet_import():
 # %% ../../nbs/learner/03_learner.ipynb #learner
 class SegmentationLearner(Learner):
     "A `Learner` whose model gives a mask, or a mask and an image label"
+    first_epoch = 0  # where the next fit begins; `Checkpoint` sets it
+    phases_left = 1  # trainings that are left in the present call; `fine_tune` has two
+    call = {"name": "fit"}  # the present call, with its arguments if it is several trainings
+
     def __init__(self,
         dls: DataLoaders, # Batches (image, mask) or (image, mask, label)
         model: nn.Module, # Model that gives mask logits, or the tuple (mask, label)
@@ -67,10 +74,12 @@ class SegmentationLearner(Learner):
         **kwargs: Any, # Arguments of fastai's `Learner`
     ):
         self.task = task or read_targets(dls)
-        self.first_epoch = 0  # where the next fit begins; `Checkpoint` sets it
         super().__init__(dls, model, *args, **kwargs)
-        guards = [FreezeBatchNorm(), GuardMixing(), CheckTargets(self.task), CheckOptimizer()]
+        guards = [FreezeBatchNorm(), GuardMixing(), CheckTargets(self.task), CheckOptimizer(),
+                  CheckLoss(self.task), CheckWatched()]
         self.add_cbs(guards)
+        if hasattr(self, "recorder"):  # not set as an attribute: fastai warns of a shadow
+            vars(self.recorder)["loss"] = MeanLoss(self.task.ignore_index)
 
 # %% ../../nbs/learner/03_learner.ipynb #predict
 @patch
@@ -243,6 +252,90 @@ def _holding(learn, model):
     try: yield learn
     finally: learn.model = own
 
+# %% ../../nbs/learner/03_learner.ipynb #breaking
+@contextmanager
+def usable_afterwards(
+    learn: Learner, # Learner that is about to train
+) -> Iterator[None]: # Within the block it trains
+    "However a training ends, the learner can train, predict and look afterwards"
+    dls, loaders = learn.dls, learn.dls.loaders
+    held = {"logger": learn.logger, "model": learn.model}
+    runs = {cb: cb.run for cb in learn.cbs}
+    _forget_gradients(learn)  # which another training had gathered
+    try:
+        with same_precision(): yield
+    except BaseException:
+        for cb in learn.cbs: _break_off(cb)
+        for cb, run in runs.items(): cb.run = run
+        vars(learn).update(held)
+        dls.loaders = loaders
+        _forget_gradients(learn)
+        raise
+    finally: learn.first_epoch = 0
+
+def _forget_gradients(learn):
+    for part in (learn.model, learn.loss_func):
+        if isinstance(part, nn.Module): part.zero_grad()
+
+def _break_off(cb):
+    "Let a callback put back what it holds"
+    if hasattr(type(cb), "break_off"): cb.break_off()
+    elif isinstance(cb, CSVLogger) and "file" in vars(cb): cb.file.close()
+    elif isinstance(cb, LRFinder) and "tmp_d" in vars(cb): cb.after_fit()  # the weights of before
+
+# %% ../../nbs/learner/03_learner.ipynb #precision
+@contextmanager
+def same_precision() -> Iterator[None]: # Within the block precision may be lowered
+    "`autocast` is off again afterwards if it was off before, and forgets its copies of weights"
+    before = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+              for device in ("cpu", "cuda")]
+    depth = _autocast_depth()
+    try: yield
+    finally:
+        for device, on, dtype in before:
+            torch.set_autocast_enabled(device, on)
+            torch.set_autocast_dtype(device, dtype)
+        while _autocast_depth() > depth: torch.autocast_decrement_nesting()
+        if not depth: torch.clear_autocast_cache()
+
+def _autocast_depth():
+    "How many `autocast` blocks are open"
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+# %% ../../nbs/learner/03_learner.ipynb #fit
+@patch
+def fit(self: SegmentationLearner,
+    n_epoch: int, # Epochs
+    lr: float | slice | None = None, # Learning rate; the learner's own if None
+    wd: float | None = None, # Weight decay; the learner's own if None
+    cbs: Any = None, # Callbacks for this time alone
+    reset_opt: bool = False, # Begin with a new optimiser
+    start_epoch: int = 0, # Epoch to begin with
+) -> None:
+    "fastai's `fit`; however it ends, the learner is usable"
+    with self.added_cbs(cbs), usable_afterwards(self):
+        passed = [cb for cb in self.cbs if hasattr(type(cb), "is_passed") and cb.is_passed()]
+        if not passed: Learner.fit(self, n_epoch, lr, wd, None, reset_opt, start_epoch)
+    self.phases_left = max(1, self.phases_left - 1)
+
+@patch
+def fine_tune(self: SegmentationLearner,
+    epochs: int, # Epochs with all weights
+    base_lr: float = 2e-3, # Learning rate of the new parts
+    freeze_epochs: int = 1, # Epochs with a frozen encoder, before
+    lr_mult: float = 100, # How much smaller the rate of the first layers is
+    pct_start: float = 0.3, # Share of the second training in which the rate rises
+    div: float = 5.0, # Where the rate begins, as a share of its highest value
+    **kwargs: Any, # Arguments of `fit_one_cycle`
+) -> None:
+    "fastai's `fine_tune`: train with a frozen encoder, then without"
+    options = {"epochs": epochs, "base_lr": base_lr, "freeze_epochs": freeze_epochs,
+               "lr_mult": lr_mult, "pct_start": pct_start, "div": div}
+    self.call, self.phases_left = {"name": "fine_tune", **options}, 2
+    try: Learner.fine_tune(self, **options, **kwargs)
+    finally: self.call, self.phases_left = SegmentationLearner.call, 1
+
 # %% ../../nbs/learner/03_learner.ipynb #read
 def _checked_targets(
     dls: DataLoaders, # Batches (image, mask) or (image, mask, label)
@@ -374,19 +467,26 @@ def default_loss(
     "Cross entropy plus Dice for the mask, cross entropy for the label"
     void = {} if targets.ignore_index is None else {"ignore_index": targets.ignore_index}
     mask = SumLoss(ce=_cross_entropy(targets.mask, **void), dice=DiceLoss(targets.mask, **void))
+    return _with_label(mask, targets, label_weight)
+
+def _with_label(mask_loss, targets, label_weight=.3):
+    "A loss of the mask, beside the default one of the label"
     label = None if targets.label is None else _cross_entropy(targets.label)
     modes = {"mask_mode": targets.mask, "label_mode": targets.label}
-    return MultiTaskLoss(mask, label, label_weight, **modes)
+    return MultiTaskLoss(mask_loss, label, label_weight, **modes)
 
 def _cross_entropy(mode, **void):
-    if mode == MULTICLASS_MODE: return nn.CrossEntropyLoss(**void)
-    return SoftBCEWithLogitsLoss(**void) if void else nn.BCEWithLogitsLoss()
+    "Of void alone there is no mean: with void pixels, losses that then give 0"
+    multiclass = mode == MULTICLASS_MODE
+    if not void: return nn.CrossEntropyLoss() if multiclass else nn.BCEWithLogitsLoss()
+    return SoftCrossEntropyLoss(**void) if multiclass else SoftBCEWithLogitsLoss(**void)
 
 def _mask_loss(loss_func, targets):
-    "A loss of the user's, with what fastai asks of one put around it"
+    "A loss of the user's, with what it lacks put around it"
+    if targets.label is not None:
+        return loss_func if takes_label(loss_func) else _with_label(loss_func, targets)
     speaks = hasattr(loss_func, "decodes") and hasattr(loss_func, "activation")
-    if targets.label is not None or speaks: return loss_func
-    return MultiTaskLoss(loss_func, mask_mode=targets.mask)
+    return loss_func if speaks else MultiTaskLoss(loss_func, mask_mode=targets.mask)
 
 # %% ../../nbs/learner/03_learner.ipynb #dry-run
 def _check_model(
@@ -443,7 +543,7 @@ def segmentation_learner(
     n_in: int | None = None, # Channels of the pictures; read from a batch if None
     classes: int | None = None, # Channels of the mask's logits; counted from the codes if None
     ignore_index: int | None = None, # Mask value of void pixels; looked for in the data if None
-    check: int | None = 32, # Items of each set to look at for mistakes; None for all
+    check: int | None = 32, # Items of each set to look at; None for all, 0 for no look, no trial
     **kwargs: Any, # Arguments of `Learner`, and of the architecture
 ) -> SegmentationLearner: # Learner whose pretrained encoder is frozen
     "A learner for masks, or masks and labels: model, loss and metrics follow from the data"
@@ -459,6 +559,8 @@ def segmentation_learner(
         if normalize: dls = _normalized(dls, targets, encoder_name, encoder_weights)
     _check_model(model, dls, targets)
     learn = _learner(dls, model, targets, loss_func, metrics, splitter, **for_learner)
+    if check != 0: try_loss(learn.loss_func, targets, *dls.one_batch()[1:])
+    learn.check_loss.tried = learn.loss_func
     pretrained = isinstance(encoder_name, str) and _has_weights(encoder_weights)
     if pretrained and not built: learn.freeze()
     return learn

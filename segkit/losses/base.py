@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['REDUCTIONS', 'PIXEL_REDUCTIONS', 'check_range', 'Batch', 'with_channel', 'prepare', 'as_values', 'check_hard',
            'probabilities', 'as_logits', 'safe_divide', 'reduce_pixels', 'mean_over_classes', 'slices', 'chunks',
-           'wide_dtype', 'count_pixels', 'ReducedLoss', 'check_weights', 'SegmentationLoss', 'SetLoss',
+           'wide_dtype', 'count_pixels', 'ReducedLoss', 'check_weights', 'check_number', 'SegmentationLoss', 'SetLoss',
            'ChosenClassesLoss', 'BINARY_MODE', 'MULTICLASS_MODE', 'MULTILABEL_MODE']
 
 # %% ../../nbs/losses/00_base.ipynb #imports
+import math
+import numbers
 from itertools import product
 from typing import Callable, NamedTuple, Sequence
 
@@ -292,6 +294,22 @@ def check_weights(
         raise ValueError(f"class_weights={weights.tolist()}: expected one weight for each class, "
                          "none negative, not all zero")
     return weights
+
+# %% ../../nbs/losses/00_base.ipynb #number
+def check_number(
+    name: str, # What the number is called
+    value: float, # What was given
+    low: float = 0., # Smallest value
+    high: float = math.inf, # Largest value
+    above: bool = False, # Whether `low` itself is too small
+) -> float: # The number
+    "Raise `ValueError` unless `value` is a finite number in the range"
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if number and low <= value <= high and not (above and value == low): return value
+    least = f"above {low:g}" if above else f"from {low:g}"
+    most = "" if high == math.inf else f" {'and up ' if above else ''}to {high:g}"
+    more = " on" if high == math.inf and not above else ""
+    raise ValueError(f"{name}={value!r}: expected a number {least}{most}{more}")
 
 # %% ../../nbs/losses/00_base.ipynb #loss
 class SegmentationLoss(ReducedLoss):

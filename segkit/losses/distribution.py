@@ -17,13 +17,17 @@ from torch import Tensor
 from ..core.registry import check_choice
 from ..core.task import BINARY_MODE, MULTICLASS_MODE, MULTILABEL_MODE, Task, compute_dtype
 from .base import (PIXEL_REDUCTIONS, Batch, SegmentationLoss, as_logits, as_values,
-                                chunks, count_pixels, mean_over_classes, prepare, probabilities,
-                                reduce_pixels, safe_divide, wide_dtype)
+                                check_number, chunks, count_pixels, mean_over_classes, prepare,
+                                probabilities, reduce_pixels, safe_divide, wide_dtype)
 
 # %% ../../nbs/losses/02_distribution.ipynb #entries
 def _smooth(target: Tensor, smoothing: float | None) -> Tensor:
     "Targets from 0 to 1, moved towards the other end"
     return target + (smoothing or 0.0) * (1 - 2*target)
+
+def _check_share(name: str, share: float | None) -> float | None:
+    "A share from 0 to 1, or None"
+    return None if share is None else check_number(name, share, 0, 1)
 
 def cross_entropy(
     batch: Batch, # Logits, target and counted pixels
@@ -72,7 +76,7 @@ class SoftCrossEntropyLoss(SegmentationLoss):
         class_weights: Sequence[float] | Tensor | None = None, # One weight for each class
     ):
         super().__init__(MULTICLASS_MODE, ignore_index, True, reduction, class_weights)
-        self.smooth_factor, self.dim = smooth_factor, dim
+        self.smooth_factor, self.dim = _check_share("smooth_factor", smooth_factor), dim
 
     def forward(self,
         y_pred: Tensor, # Logits `(b, c, h, w)`
@@ -98,7 +102,7 @@ class SoftBCEWithLogitsLoss(SegmentationLoss):
         pos_weight: Tensor | None = None, # Weight of the positive part, broadcast as `weight`
     ):
         super().__init__(None, ignore_index, True, reduction)
-        self.smooth_factor = smooth_factor
+        self.smooth_factor = _check_share("smooth_factor", smooth_factor)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
 
@@ -347,8 +351,9 @@ class FocalLoss(SegmentationLoss):
         super().__init__(mode, ignore_index, from_logits, reduction, class_weights)
         allowed = ("sigmoid", "softmax") if mode == MULTICLASS_MODE else ("sigmoid",)
         self.softmax = check_choice("activation", activation, allowed) == "softmax"
-        self.gamma, self.eps, self.normalized = gamma, eps, normalized
-        self.reduced_threshold = reduced_threshold
+        self.gamma, self.normalized = check_number("gamma", gamma), normalized
+        self.eps = check_number("eps", eps, 0, .5, above=True)
+        self.reduced_threshold = _check_share("reduced_threshold", reduced_threshold)
         self._entries = Task(mode if self.softmax else MULTILABEL_MODE, from_logits)
         self.register_buffer("alpha", _as_alpha(alpha, math.inf if self.softmax else 1))
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..core.registry import check_choice
 from ..core.task import MULTICLASS_MODE, Task, compute_dtype
-from .base import (Batch, ChosenClassesLoss, as_values, chunks, mean_over_classes,
-                                probabilities, safe_divide, wide_dtype)
+from .base import (Batch, ChosenClassesLoss, as_values, check_number, chunks,
+                                mean_over_classes, probabilities, safe_divide, wide_dtype)
 
 # %% ../../nbs/losses/01_region.ipynb #plain
 def plain_sums(
@@ -150,7 +150,8 @@ class RegionLoss(ChosenClassesLoss):
         reduction: str = "mean", # `"mean"`, `"sum"` or `"none"`
     ):
         super().__init__(mode, classes, ignore_index, from_logits, reduction, class_weights)
-        self.log_loss, self.smooth, self.eps = log_loss, smooth, eps
+        self.log_loss, self.smooth = log_loss, check_number("smooth", smooth)
+        self.eps = check_number("eps", eps, above=True)
         self.empty = check_choice("empty", empty, EMPTY)
 
     def sums(self, batch: Batch) -> Tensor: # Overlap, predicted and actual sum `(3, b, c)`
@@ -211,7 +212,8 @@ class TverskyLoss(RegionLoss):
     ):
         super().__init__(mode, classes, log_loss, from_logits, smooth, ignore_index, eps,
                          class_weights, empty=empty, reduction=reduction)
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
+        self.gamma = check_number("gamma", gamma, above=True)
 
     def mean_over_classes(self, losses: Tensor, present: Tensor) -> Tensor: # `(...)` of `(..., c)`
         return _power(super().mean_over_classes(losses, present), self.gamma, self.eps)
@@ -236,7 +238,8 @@ class FocalTverskyLoss(RegionLoss):
     ):
         super().__init__(mode, classes, False, from_logits, smooth, ignore_index, eps,
                          class_weights, empty=empty, reduction=reduction)
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
+        self.gamma = check_number("gamma", gamma, above=True)
 
     def class_losses(self, sums: Tensor, pixels: Tensor) -> Tensor: # `(..., c)`
         return _power(super().class_losses(sums, pixels), 1/self.gamma, self.eps)
