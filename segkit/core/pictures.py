@@ -259,16 +259,17 @@ def read_picture(
     """The numbers of a picture, as they are stored; with `nodata` or `scale` always float32.
     Raises `ValueError`, with the file's name, where it is broken, has another number of channels,
     or holds NaN, infinity or its value of no data, and `nodata` does not say so"""
+    if scale is not None and not scale > 0: raise ValueError(f"scale={scale!r}: expected above 0")
     name, found = source_name(source, "picture"), decode(source, max_pixels=max_pixels)
     array = _channels_last(found, channels, name)
     if array.dtype == bool: array = array.astype(np.uint8)*np.uint8(255)
-    lacks = _lacks_data(array, nodata)
-    _check_values(array, lacks, found.nodata if nodata is None else None, name)
+    lacks = None if nodata is None else _lacks_data(array, nodata)
+    _check_values(array, lacks, found.nodata, name)
     array = _with_channels(array, found.alpha, channels, name)
     if array.dtype == np.uint8 and nodata is None and scale is None: return array
     divisor = 255 if array.dtype == np.uint8 else scale or 1
     array = array.astype(np.float32)/np.float32(divisor)
-    array[lacks] = np.nan
+    if lacks is not None: array[lacks] = np.nan
     return array
 
 # %% ../../nbs/core/09_pictures.ipynb #picture-channels
@@ -320,7 +321,7 @@ def _largest(array):
 def _lacks_data(array, nodata):
     "Which pixels have no data `(h, w)`"
     hit = np.zeros(array.shape, bool)
-    for value in () if nodata is None else np.atleast_1d(nodata):
+    for value in np.atleast_1d(nodata):
         if np.isnan(value): hit |= array != array
         elif abs(value) > _LARGEST: hit |= array*np.sign(value) > _largest(array)
         else: hit |= _equals(array, value)
@@ -332,10 +333,12 @@ def _equals(array, value):
 
 def _check_values(array, lacks, of_file, name):
     "Raise where a value cannot be meant"
-    wrong = np.zeros(array.shape, bool)
+    if array.dtype == np.uint8: return
     if array.dtype.kind == "f": wrong = ~(np.abs(array) <= _largest(array))
-    if of_file is not None and array.dtype != np.uint8: wrong |= _equals(array, of_file)
-    wrong[lacks] = False
+    elif lacks is None and of_file is not None: wrong = _equals(array, of_file)
+    else: return
+    if lacks is not None: wrong[lacks] = False
+    elif of_file is not None: wrong |= _equals(array, of_file)
     if not wrong.any(): return
     y, x, _ = np.argwhere(wrong)[0]
     value = array[wrong][0]

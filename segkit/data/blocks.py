@@ -50,7 +50,7 @@ class TensorChannels(TensorImage):
     @classmethod
     def _of(cls, array):
         "Of an array `(h, w, channels)`"
-        return cls(torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))))
+        return cls(torch.from_numpy(array.transpose(2, 0, 1).copy()))
 
     def show(self, ctx=None, **kwargs):
         "Show three channels as colours, or the first alone if there are two"

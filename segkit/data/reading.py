@@ -148,7 +148,7 @@ class Colours:
         if known.all(): return self.found[place]
         strange = np.unique(array[~known], axis=0)
         listed = ", ".join(str(tuple(colour)) for colour in strange[:5].tolist())
-        more = _advice(range(len(strange))) if len(strange) > 5 else ""
+        more = _advice(np.arange(len(strange))) if len(strange) > 5 else ""
         raise ValueError(f"{name}: the mask has the colour {listed}, "
                          f"neither a class nor void{more}")
 

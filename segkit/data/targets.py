@@ -160,10 +160,12 @@ def _check_classes(dl, targets, seen):
         if len(seen) > 2: return
     classes = [int(value) for value in seen - {void}]
     if not classes: raise ValueError(f"each of the {i + 1} masks to train on is void everywhere")
-    names = targets.codes if targets.codes and len(targets.codes) > 1 else range(targets.values)
-    raise ValueError(f"in the {i + 1} masks to train on each pixel is {names[classes[0]]!r} or void, "
+    special = {"binary": ["background", "figure"], "multilabel": ["of no class", "of all classes"]}
+    names = special.get(targets.mask, targets.codes)
+    name = names[classes[0]] if names else classes[0]
+    raise ValueError(f"in the {i + 1} masks to train on each pixel is {name!r} or void, "
                      "so there is nothing to learn: other classes are void everywhere. Where white "
-                     "is the object, pass `values=[0, 255]`, and no `void=255` or `ignore_index=255`")
+                     "is the object, pass `values=[0, 255]`, not `void=255` or `ignore_index=255`")
 
 # %% ../../nbs/data/00a_targets.ipynb #check-spread
 def spread_over(
