@@ -406,13 +406,6 @@ class Checkpoint(Callback):
         if not rank_distrib() and self.learn.phases_left == 1: self.file.unlink(missing_ok=True)
         self.break_off()
 
-    def break_off(self):
-        "Let other runs have the file; a learner calls it when a fit ends with an error"
-        lock, self.held = self.held, None
-        if lock is None: return
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
 # %% ../../nbs/learner/06_resuming.ipynb #checkpoint-save
 @patch
 def save(self: Checkpoint,
@@ -457,6 +450,15 @@ def _follows(self: Checkpoint, facts):
 @patch
 def _same_call(self: Checkpoint, facts):
     return facts.get("call") == self.learn.call or "call" in self.accept
+
+# %% ../../nbs/learner/06_resuming.ipynb #checkpoint-hold
+@patch
+def break_off(self: Checkpoint) -> None:
+    "Let other runs have the file; a learner calls it when a fit ends with an error"
+    lock, self.held = self.held, None
+    if lock is None: return
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 @patch
 def _hold(self: Checkpoint):
