@@ -132,11 +132,17 @@ class ReadPicture(Transform):
     ):
         self.channels, self.nodata, self.scale = channels, nodata, scale
         self.of_bytes = None  # whether pictures hold bytes; the first training picture tells
+        self.own_scale = None  # whether their values go beyond 0 and 1 in a batch
 
     def setups(self, items):
         "Look at the first training picture"
-        self.of_bytes = None
-        if len(items): self.of_bytes = self._read(items[0]).dtype == np.uint8
+        self.of_bytes = self.own_scale = None
+        if len(items) == 0: return
+        picture = self._read(items[0])
+        self.of_bytes = picture.dtype == np.uint8
+        known = picture[np.isfinite(picture)]
+        beyond = known.min(initial=0) < -.01 or known.max(initial=0) > 1.01
+        self.own_scale = not self.of_bytes and bool(beyond)
 
     def _read(self, source): return read_picture(source, self.channels, self.nodata, self.scale)
 
