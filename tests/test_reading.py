@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from segkit.data import MaskDataLoaders, SegmentationBlocks, check_items, data_statistics, read_targets, shims
 from segkit.data.blocks import VOID, image_block
+from segkit.decoders import Unet
 from segkit.learner import segmentation_learner
 
 torch.set_num_threads(1)
@@ -122,6 +123,18 @@ def test_light_of_pictures_with_their_own_scale_is_an_error():
     wide = np.full((8, 8, 3), 9000, np.uint16)
     block = DataBlock((image_block(3),), splitter=IndexSplitter([1]), batch_tfms=aug_transforms(p_lighting=1.))
     with pytest.raises(ValueError, match="0 to 1.*9000.*scale="): block.dataloaders([wide, wide], bs=1, num_workers=0, device="cpu").train.one_batch()
+
+@pytest.mark.parametrize("bits, of_weights", [(8, True), (16, False)])
+def test_statistics_of_weights_are_for_bytes(tmp_path, bits, of_weights):
+    "ImageNet's mean is one of bytes; 16-bit pictures get their own"
+    wide = lambda shown: np.stack([shown.astype(f"uint{bits}")*(1 if bits == 8 else 300)]*3, -1)
+    write(tmp_path, picture=wide, ending=".npy")
+    weights = Unet("resnet18", encoder_weights=None).encoder.state_dict()
+    learn = segmentation_learner(load(tmp_path, extensions=[".npy"]), "Unet", "resnet18", weights)
+    (normalize,) = [t for t in learn.dls.after_batch.fs if type(t).__name__ == "Normalize"]
+    assert torch.allclose(normalize.mean.flatten(), torch.tensor([.485, .456, .406])) == of_weights
+    picture = learn.dls.train.one_batch()[0]
+    assert picture.abs().max() < 10
 
 # row 6: orientation
 

@@ -402,6 +402,7 @@ def _normalized(
     "Normalise as the encoder's weights expect, or else with the data's own statistics"
     params = None
     if _has_weights(encoder_weights): params = _of_weights(encoder_name, encoder_weights)
+    if find_attribute(dls, "own_scale"): params = None  # of 16 bits, say, where theirs were bytes
     if params is not None and len(params["mean"]) == targets.in_channels:
         return _use_statistics(dls, *unit_statistics(params))
     if _normalizers(dls): return dls
