@@ -110,9 +110,9 @@ class NamesMixin:
     unused_tensors: Sequence[str] = ()
 
     def own_names(self,
-        state_dict: Mapping[str, Tensor], # Tensors by name, of any age and under any wrapper; not changed
+        state_dict: Mapping[str, Tensor], # Tensors by name, of any age; not changed
     ) -> dict[str, Tensor]: # Tensors by the names of this model
-        "Give tensors the names that they have in this model; leave out what it knows it does not need"
+        "Give tensors their names in this model; leave out what it knows that it does not need"
         own = self.state_dict()
         state = unwrapped(state_dict, {name.split(".")[0] for name in own})
         state = _without_unused(dict(self.translate_state_dict(state)), own, self.unused_tensors)
@@ -167,7 +167,7 @@ class LoadMixin(NamesMixin):
         strict: bool = True, # Whether every tensor must find its place
         assign: bool = False, # Take the tensors themselves in place of copying them
     ):
-        "Load weights; `strict=False` also skips tensors of another shape. What fails changes nothing"
+        "Load weights; `strict=False` skips those of another shape. What fails changes nothing"
         state, own = self.own_names(state_dict), self.state_dict()
         if not strict: _drop_other_shapes(state, own)
         before = None if _fits(state, own) else _kept(own, assign)
@@ -200,7 +200,8 @@ def _drop_other_shapes(state, own):
     "Take out, with a warning, the tensors whose shape is another"
     wrong = [name for name in state if name in own and _shape(state[name]) != _shape(own[name])]
     if not wrong: return
-    lines = [f"{name}: {_shape(state.pop(name))} given, {_shape(own[name])} expected" for name in wrong]
+    lines = [f"{name}: {_shape(state.pop(name))} given, {_shape(own[name])} expected"
+             for name in wrong]
     warnings.warn(f"Mismatched keys, left as they were: {few(lines)}", stacklevel=3)
 
 # %% ../../nbs/model/02_model.ipynb #load-problems
