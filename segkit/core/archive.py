@@ -102,19 +102,23 @@ def _of_zip(archive):
     for info in archive.infolist():
         kind = "folder" if info.is_dir() else "file"
         if (info.external_attr >> 16) & 0o170000 == 0o120000: kind = "link"
-        yield _Member(info.filename, kind, info.file_size, archive.open(info) if kind == "file" else None)
+        content = archive.open(info) if kind == "file" else None
+        yield _Member(info.filename, kind, info.file_size, content)
 
 def _of_tar(archive):
     "Members of a tar file"
     for info in archive:
         kind = "folder" if info.isdir() else "file" if info.isfile() else "link"
         if info.isdev(): kind = "device"
-        yield _Member(info.name, kind, info.size, archive.extractfile(info) if kind == "file" else None)
+        content = archive.extractfile(info) if kind == "file" else None
+        yield _Member(info.name, kind, info.size, content)
 
 # %% ../../nbs/core/08_archive.ipynb #bounded
 class _Bounded:
     "A stream that ends with an error after `limit` bytes"
-    def __init__(self, stream, limit): self.stream, self.left, self.tell = stream, limit, stream.tell
+    def __init__(self, stream, limit):
+        self.stream, self.left, self.tell = stream, limit, stream.tell
+
     def read(self, n):
         self.left -= n
         if self.left < 0: raise ValueError("it unpacks to more than is allowed")
@@ -140,10 +144,10 @@ def unpack(
         with _members(file, 2*max_bytes + 10**7) as members:
             _write_all(_shown(members, progress), folder, max_bytes, max_files)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno: raise  # the disk's fault, which names the place
+        if isinstance(error, OSError) and error.errno: raise  # the disk's; it names the place
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{file} cannot be unpacked: {reason}. It is damaged, or no archive that can "
-                         "be trusted; if you do trust it, unpack it yourself") from error
+        raise ValueError(f"{file} cannot be unpacked: {reason}. It is damaged, or no archive "
+                         "that can be trusted; if you do trust it, unpack it yourself") from error
 
 def _shown(members, progress):
     "The members, with a progress bar"
@@ -167,7 +171,8 @@ def _write(member, place):
     "Write one member"
     if member.kind == "folder": return place.mkdir(parents=True, exist_ok=True)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with member.content as content, open(place, "xb") as file: shutil.copyfileobj(content, file, 2**20)
+    with member.content as content, open(place, "xb") as file:
+        shutil.copyfileobj(content, file, 2**20)
     found = place.stat().st_size
     if found != member.size:
         raise ValueError(f"the member {member.name!r} has {found:,} of {member.size:,} bytes")

@@ -50,7 +50,8 @@ def build_once(
 def _put_in_place(part, target):
     "Rename a new folder to its target; what is damaged there goes out of the way first"
     if target.is_dir() and not is_built(target):
-        with suppress(FileNotFoundError): target.rename(part.with_name(f"{part.name[:-32]}{uuid.uuid4().hex}"))
+        aside = part.with_name(f".{target.name}-{uuid.uuid4().hex}")  # swept away in a day
+        with suppress(FileNotFoundError): target.rename(aside)
     try: part.rename(target)
     except OSError:
         if not is_built(target): raise  # else another process was first; its folder is as good
@@ -61,7 +62,7 @@ _NOTE = ".built.json"
 def is_built(
     target: str | Path, # Folder that `build_once` has made
 ) -> bool: # Whether it can be used
-    "Whether a folder is there and its files have the sizes that they had; damage is said in a warning"
+    "Whether a folder is there and its files have their sizes; damage is said in a warning"
     target = Path(target)
     if not target.is_dir() or not any(target.iterdir()): return False
     try: noted = json.loads((target/_NOTE).read_text())
@@ -69,8 +70,8 @@ def is_built(
     except (ValueError, RecursionError): noted = {_NOTE: None}  # the note itself is damaged
     wrong = [name for name, size in noted.items() if _size(target/name) != size]
     if wrong:
-        warnings.warn(f"{target} is damaged ({wrong[0]} is not what it was; {len(wrong)} files in all), "
-                      "so it is built again", stacklevel=3)
+        warnings.warn(f"{target} is damaged ({wrong[0]} is not what it was; {len(wrong)} files "
+                      "in all), so it is built again", stacklevel=3)
     return not wrong
 
 def _sizes(folder):

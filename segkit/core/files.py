@@ -74,13 +74,14 @@ def _unreadable(path, error):
     name, size = str(path), path.stat().st_size
     if not size: return f"{name!r} is empty: it was cut off when it was written; get it again"
     if code := _named_code(path):
-        return (f"{name!r} holds more than tensors: it names {code}, code that would run while the file "
-                "is read, so it was not read. If you trust where it comes from, turn it into tensors once: "
-                f"found = torch.load({name!r}, weights_only=False), then torch.save(found.state_dict(), "
-                "'weights.pth') for a model, torch.save(found['state_dict'], 'weights.pth') for a checkpoint")
+        return (f"{name!r} holds more than tensors: it names {code}, code that would run while "
+                "the file is read, so it was not read. If you trust where it comes from, turn it "
+                f"into tensors once: found = torch.load({name!r}, weights_only=False), "
+                "then torch.save(found.state_dict(), 'weights.pth') for a model, "
+                "torch.save(found['state_dict'], 'weights.pth') for a checkpoint")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return (f"{name!r} ({size:,} bytes) cannot be read as weights: {reason}. It is damaged or cut off, "
-            "or no file of tensors; expected tensors by name in a file that ends in "
+    return (f"{name!r} ({size:,} bytes) cannot be read as weights: {reason}. It is damaged or "
+            "cut off, or no file of tensors; expected tensors by name in a file that ends in "
             + ", ".join(WEIGHT_SUFFIXES))
 
 def _named_code(path):
@@ -115,7 +116,7 @@ def is_weights_file(
 # %% ../../nbs/core/06a_files.ipynb #write
 def write_atomically(
     path: str | os.PathLike, # File to write; its folder is made if need be
-    content: bytes | Callable[[BinaryIO], Any], # Its bytes, or a function that writes to an open file
+    content: bytes | Callable[[BinaryIO], Any], # Its bytes, or a function that writes to a file
 ) -> Path: # The file
     "Write a file whole or not at all; an older one is there until the new one is"
     target = Path(os.path.realpath(path))  # a link stays one
@@ -188,7 +189,7 @@ def saved_file(
 def fetch(
     url: str, # Address of a file; `file://` addresses are read where they are
     sha256: str | None = None, # Checksum of the file in hexadecimal digits, or the first of them
-    folder: str | os.PathLike | None = None, # Where to keep it; None for `weights` in `cache_folder()`
+    folder: str | os.PathLike | None = None, # Where to keep it; None: `weights` in `cache_folder()`
     check: Callable[[Path], Any] | None = None, # Raises `ValueError` for a file that is not the one
 ) -> Path: # The complete file
     "Download a file once; an interrupted download goes on where it stopped"

@@ -30,8 +30,8 @@ def _pixels(picture, channels, facts):
     nodata = [float(value) for value in facts["nodata"]] if "nodata" in facts else None
     array = read_picture(picture, channels, nodata, facts.get("scale"))
     if array.dtype == np.uint8 and not facts.get("bytes", True):
-        raise ValueError(f"{source_name(picture, 'the picture')} holds bytes, but the pictures of training "
-                         "did not: give floating numbers in their units")
+        raise ValueError(f"{source_name(picture, 'the picture')} holds bytes, but the pictures of "
+                         "training did not: give floating numbers in their units")
     x = torch.from_numpy(np.array(array.transpose(2, 0, 1)))
     return x if nodata is None else _filled(x)
 
@@ -100,7 +100,7 @@ class Prediction:
     mask: Tensor # Class of each pixel `(h, w)`; when multilabel, 0 or 1 `(classes, h, w)`
     probabilities: Tensor # Of each class `(classes, h, w)`
     classes: list[str] # Names of the classes
-    label: str | list[str] | None = None # Label of the picture, or all that hold; None without a head
+    label: str | list[str] | None = None # Label of the picture, or all that hold
     label_probabilities: Tensor | None = None # Of each label `(labels,)`
     labels: Sequence[str] = () # Names of the labels
     picture: Tensor | None = None # The picture `(c, h, w)`
@@ -194,8 +194,9 @@ def _is_batch(pictures):
 def _completed(facts, model, where):
     "Facts with what can be concluded; `ValueError` for what cannot"
     if "mean" not in facts:
-        raise ValueError(f"{where}: nothing says how the pictures of training were normalised; pass "
-                         "mean=[...] and std=[...], one number a channel ([0] and [1] if they were not)")
+        raise ValueError(f"{where}: nothing says how the pictures of training were normalised; "
+                         "pass mean=[...] and std=[...], one number a channel "
+                         "([0] and [1] if they were not)")
     modes = {"mode": "binary" if model.config.get("classes", 1) == 1 else "multiclass"}
     if getattr(model, "classification_head", None) is not None: modes["label_mode"] = "multiclass"
     return modes | {name: value for name, value in facts.items() if value is not None}

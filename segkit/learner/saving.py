@@ -53,7 +53,7 @@ class WeightsMixin:
         device: int | str | torch.device | None = None, # Kept for fastai; tensors go to the model
         with_opt: bool = True, # Load the optimiser's state, too
         strict: bool = True, # Whether every tensor must find its place
-        **kwargs: Any, # `weights_only` and others of fastai's callbacks: no code is run, whatever they say
+        **kwargs: Any, # Such as fastai's `weights_only=False`: all the same, no code is run
     ) -> "WeightsMixin": # The learner itself
         "Load weights, and the optimiser's state where the file has one"
         if self.opt is None: self.create_opt()
@@ -99,7 +99,8 @@ def _check_optimizer(state, opt, path):
     found, here = len(state["hypers"]), len(opt.param_lists)
     advice = "Pass `with_opt=False` to load the weights alone"
     if (found, len(state["state"])) != (here, len(weights)):
-        raise ValueError(f"{path}: its optimiser had {found} groups of {len(state['state'])} weights, "
+        known = len(state["state"])
+        raise ValueError(f"{path}: its optimiser had {found} groups of {known} weights, "
                          f"this one has {here} of {len(weights)}. {advice}")
     for p, of_weight in zip(weights, state["state"]):
         for name, t in of_weight.items():
@@ -152,8 +153,10 @@ def _culprit(learn, thing, path, seen=()):
 def _parts(thing):
     "What a thing is made of, with the way to each part"
     if isinstance(thing, Mapping): return [(f"[{key!r}]", part) for key, part in thing.items()]
-    if isinstance(thing, (list, tuple, set, L)): return [(f"[{i}]", part) for i, part in enumerate(thing)]
-    if isinstance(thing, partial): return [(".func", thing.func), (".args", thing.args), (".keywords", thing.keywords)]
+    if isinstance(thing, (list, tuple, set, L)):
+        return [(f"[{i}]", part) for i, part in enumerate(thing)]
+    if isinstance(thing, partial):
+        return [(f".{name}", getattr(thing, name)) for name in ("func", "args", "keywords")]
     if isinstance(thing, (type, FunctionType, ModuleType)): return []
     return [(f".{name}", part) for name, part in getattr(thing, "__dict__", {}).items()]
 
@@ -166,9 +169,10 @@ def check_importable(
     if not missing: return
     modules = sorted({name.partition(":")[0] for name in missing})
     raise RuntimeError(  # no ImportError, which fastai's `load_learner` swallows
-        f"this exported learner needs {few(name.replace(':', '.') for name in missing)}, which cannot be "
-        f"imported here. Install or copy {few(modules)} to where this program imports from, or save the "
-        "model with `learn.save_pretrained(folder)`, which needs no module but segkit")
+        f"this exported learner needs {few(name.replace(':', '.') for name in missing)}, which "
+        f"cannot be imported here. Install or copy {few(modules)} to where this program imports "
+        "from, or save the model with `learn.save_pretrained(folder)`, "
+        "which needs no module but segkit")
 
 def _is_importable(name):
     module, _, path = name.partition(":")
@@ -189,7 +193,7 @@ def remade(_, cls): return cls.__new__(cls)  # the first argument was checked wh
 class ExportMixin:
     "`export` of a learner; put it before fastai's"
     def export(self,
-        fname: str | Path = "export.pkl", # File, in the learner's `path`; its folder is made if need be
+        fname: str | Path = "export.pkl", # File, in the learner's `path`; its folder is made
         pickle_module: Any = cloudpickle, # As in fastai
         pickle_protocol: int = 2, # As in fastai
     ) -> Path: # File that was written
@@ -199,8 +203,8 @@ class ExportMixin:
         self._end_cleanup()
         with _for_export(self):
             self._needs = _Needs(_needs_of(self))
-            write = partial(torch.save, self, pickle_module=pickle_module, pickle_protocol=pickle_protocol)
-            return write_atomically(path, write)
+            how = {"pickle_module": pickle_module, "pickle_protocol": pickle_protocol}
+            return write_atomically(path, partial(torch.save, self, **how))
 
     def __reduce_ex__(self, protocol):
         needs = self.__dict__.get("_needs")
@@ -225,8 +229,8 @@ def _needs_of(learn):
     try: named = _rehearse(learn, learn.__getstate__()) | _rehearse(learn, type(learn))
     except Exception as error:
         where = _culprit(learn, learn.__getstate__(), "learn")
-        raise ValueError(f"the learner cannot be exported: {where} cannot be pickled ({error}). Take it out "
-                         "before you export, or use `learn.save_pretrained(folder)`, "
+        raise ValueError(f"the learner cannot be exported: {where} cannot be pickled ({error}). "
+                         "Take it out before you export, or use `learn.save_pretrained(folder)`, "
                          "which keeps the model alone") from error
     return sorted(name for name in named if _is_importable(name))
 
@@ -244,11 +248,13 @@ def _of_transforms(dl, ignore):
             if name == "Transform": name = t.name  # of a function
             if t.split_idx == 0 or name in _NEUTRAL or name in ignore: continue  # 0: training only
             if type(t) is Resize: facts["resize"] = _resize_rule(t)
-            elif type(t) is Normalize: facts |= {k: getattr(t, k).flatten().tolist() for k in ("mean", "std")}
+            elif type(t) is Normalize:
+                facts |= {k: getattr(t, k).flatten().tolist() for k in ("mean", "std")}
             else:
-                raise ValueError(f"the data's transform {name} changes pictures in a way that the folder cannot "
-                                 f"describe. If it leaves pictures alone, pass ignore=[{name!r}]; else use "
-                                 "`model.save_pretrained`, or `learn.export`")
+                raise ValueError(f"the data's transform {name} changes pictures in a way that the "
+                                 "folder cannot describe. If it leaves pictures alone, pass "
+                                 f"ignore=[{name!r}]; else use `model.save_pretrained`, "
+                                 "or `learn.export`")
     return facts
 
 def _resize_rule(t):
@@ -327,8 +333,9 @@ def _check_answer(model, facts, dl):
         if top or left: return
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-4):
         raise ValueError("the predictor would show the model other numbers than your data do "
-                         f"({tuple(ours.shape)} and {tuple(theirs.shape)}): the data change pictures in a "
-                         "way that is not seen in their transforms. Pass `check=False` to save all the same")
+                         f"({tuple(ours.shape)} and {tuple(theirs.shape)}): the data change "
+                         "pictures in a way that is not seen in their transforms. "
+                         "Pass `check=False` to save all the same")
 
 # %% ../../nbs/learner/08_saving.ipynb #saving-mixin
 class SavingMixin(WeightsMixin, ExportMixin, FolderMixin):

@@ -66,6 +66,10 @@ def _is_float(text):
     except ValueError: return False
     return True
 
+def _is_floats(x): return _is_names(x) and all(map(_is_float, x))
+
+def _is_sums(x): return isinstance(x, dict) and _is_names([*x.values()])
+
 def _is_side(x): return _is_whole(x) and 0 < x <= 2**16
 
 def _is_resize(x):
@@ -82,7 +86,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "input_range": (lambda x: _numbers(n=2)(x) and x[0] < x[1], "lowest and highest value"),
     "mean": (_numbers(), "a list of numbers, one a channel"),
     "std": (_numbers(lambda x: _is_number(x) and x > 0), "a list of numbers above 0"),
-    "resize": (_is_resize, "a method, " + ", ".join(RESIZE_METHODS) + ", and a size, [height, width]"),
+    "resize": (_is_resize, f"a method, {', '.join(RESIZE_METHODS)}, and a size, [height, width]"),
     "mode": (lambda x: x in MODES, ", ".join(MODES)),
     "label_mode": (lambda x: x in MODES, ", ".join(MODES)),
     "threshold": (lambda x: _is_number(x) and 0 < x < 1, "a number between 0 and 1"),
@@ -91,9 +95,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "void": (_is_whole, "a whole number"),
     "bytes": (lambda x: isinstance(x, bool), "true or false"),
     "scale": (lambda x: _is_number(x) and x > 0, "a number above 0"),
-    "nodata": (lambda x: _is_names(x) and all(map(_is_float, x)), 'a list such as ["-9999", "nan"]'),
+    "nodata": (_is_floats, 'a list such as ["-9999", "nan"]'),
     "scores": (lambda x: isinstance(x, dict), "a mapping from names to numbers"),
-    "sha256": (lambda x: isinstance(x, dict) and _is_names([*x.values()]), "a mapping to checksums"),
+    "sha256": (_is_sums, "a mapping to checksums"),
 }
 
 # %% ../../nbs/model/00a_facts.ipynb #check

@@ -41,7 +41,8 @@ def _check_saved(owner, name, value):
     "Raise for an argument that could not be noted"
     if isinstance(value, Mapping):
         if "_not_saved" in value:
-            raise ValueError(f"{owner} cannot be saved: the argument {name} is {value['_not_saved']}")
+            reason = value["_not_saved"]
+            raise ValueError(f"{owner} cannot be saved: the argument {name} is {reason}")
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for part in value: _check_saved(owner, name, part)
@@ -90,7 +91,7 @@ class HubMixin:
         *,
         class_names: Sequence[str] | None = None, # Names of the mask's classes, by its channels
         label_names: Sequence[str] | None = None, # Names of the labels of the classification head
-        preprocessing: Mapping[str, Any] | None = None, # `mean`, `std`, `input_range`; None: the encoder's
+        preprocessing: Mapping[str, Any] | None = None, # `mean`, `std`, ...; None: the encoder's
         facts: Mapping[str, Any] | None = None, # Further entries of `preprocessing.json`
         dataset: str | None = None, # Name of the data set, for the model card
         metrics: Mapping[str, Any] | None = None, # Scores, for the model card
@@ -136,7 +137,8 @@ class HubMixin:
         **overrides, # Arguments of the constructor that replace the stored ones
     ) -> "HubMixin": # The model, in evaluation mode
         "Build a saved model again and load its weights; nothing that the folder holds is run"
-        hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        hub = dict(revision=revision, token=token, cache_dir=cache_dir,
+                   local_files_only=local_files_only)
         return _built_from(name, hub, strict, trust_remote_code, overrides, cls)
 
 # %% ../../nbs/model/01_hub.ipynb #save-parts
@@ -193,8 +195,9 @@ def _check_sum(path, facts):
     "Raise `ValueError` for a file that is not the one that was saved"
     expected = facts.get("sha256", {}).get(path.name)
     if expected is None or file_sha256(path) == expected: return
-    raise ValueError(f"{path} is not the file that was saved: its checksum is another. It is damaged, or was "
-                     "replaced; if you replaced it, take its line out of `sha256` in preprocessing.json")
+    raise ValueError(f"{path} is not the file that was saved: its checksum is another. It is "
+                     "damaged, or was replaced; if you replaced it, take its line out of `sha256` in "
+                     "preprocessing.json")
 
 def facts_of(
     name: str | os.PathLike, # Folder, or repository on the Hugging Face Hub
@@ -229,7 +232,8 @@ def _elements(args, kwargs):
 
 # %% ../../nbs/model/01_hub.ipynb #constructed
 # what timm would take for a file to read or a place to look at
-_REFUSED = ("checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+_REFUSED = ("checkpoint_path", "cache_dir",
+            "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 def _constructed(cls, config, file, weights, strict, trust_remote_code, overrides):
     "A model by the arguments of a configuration, without its weights"
@@ -265,7 +269,8 @@ def _file(name, file, hub):
     if Path(name).is_dir():
         path = saved_file(name, file)
         if path.is_file(): return path
-        raise FileNotFoundError(f"the folder {str(name)!r} has no {file}, so it is not a saved model")
+        raise FileNotFoundError(f"the folder {str(name)!r} has no {file}, "
+                                "so it is not a saved model")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
     try: return Path(hf_hub_download(str(name), file, **hub))
@@ -282,7 +287,8 @@ def _load_what_fits(model, state):
     own, state = model.state_dict(), model.own_names(state)
     fits = {name for name, t in state.items() if name in own and own[name].shape == t.shape}
     if not fits:
-        raise ValueError(f"none of the {len(state)} tensors of the file fits this {type(model).__name__}")
+        raise ValueError(f"none of the {len(state)} tensors of the file fits "
+                         f"this {type(model).__name__}")
     print(f"{'part':22}{'loaded':>8}{'other shape':>13}{'not in file':>13}{'not in model':>14}")
     for part in sorted({name.split(".")[0] for name in [*own, *state]}):
         here = {name for name in own if name.split(".")[0] == part}
@@ -303,7 +309,8 @@ def from_pretrained(
     **overrides, # Arguments of the constructor that replace the stored ones
 ) -> nn.Module: # The model, of whatever class it was saved from, in evaluation mode
     "Build a saved model of any architecture again and load its weights"
-    hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    hub = dict(revision=revision, token=token, cache_dir=cache_dir,
+               local_files_only=local_files_only)
     return _built_from(name, hub, strict, trust_remote_code, overrides, None)
 
 # %% ../../nbs/model/01_hub.ipynb #card

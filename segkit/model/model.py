@@ -129,7 +129,7 @@ class LoadMixin:
         strict: bool = True, # Whether every tensor must find its place
         assign: bool = False, # Take the tensors themselves in place of copying them
     ):
-        "Load weights; `strict=False` also skips tensors of another shape. What fails changes nothing"
+        "Load weights; `strict=False` skips those of another shape. What fails changes nothing"
         state, own = self.own_names(state_dict), self.state_dict()
         if not strict: _drop_other_shapes(state, own)
         before = None if _fits(state, own) else _kept(own, assign)
@@ -163,7 +163,8 @@ def _drop_other_shapes(state, own):
     "Take out, with a warning, the tensors whose shape is another"
     wrong = [name for name in state if name in own and _shape(state[name]) != _shape(own[name])]
     if not wrong: return
-    lines = [f"{name}: {_shape(state.pop(name))} given, {_shape(own[name])} expected" for name in wrong]
+    lines = [f"{name}: {_shape(state.pop(name))} given, {_shape(own[name])} expected"
+             for name in wrong]
     warnings.warn(f"Mismatched keys, left as they were: {few(lines)}", stacklevel=3)
 
 # %% ../../nbs/model/02_model.ipynb #load-problems
