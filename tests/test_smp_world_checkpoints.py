@@ -178,7 +178,7 @@ OLD = [
 ]
 
 
-@pytest.mark.parametrize("name, encoder, options, old", OLD, ids=str)
+@pytest.mark.parametrize("name, encoder, options, old", OLD, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_old_names(name, encoder, options, old):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
