@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import segkit
 from segkit.data.shapes import shapes_dataloaders
+from segkit.data.whole import uncropped
 from segkit.learner import SegmentationLearner
 
 SMALL = dict(encoder_name="resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(8, 8, 8))
@@ -213,7 +214,7 @@ WAYS = {
 def test_a_folder_predicts_as_the_learner_does(way, tmp_path):
     learn = built(path=tmp_path, **WAYS[way])
     predictor = segkit.load_predictor(learn.save_pretrained(tmp_path/"net"))
-    dl = learn.dls.valid
+    dl, _ = uncropped(learn.dls.valid)
     picture = dl.dataset[1][0]
     dl.before_iter()
     batch = dl.after_batch(dl.do_batch([dl.after_item(dl.dataset[1])]))[0].as_subclass(Tensor)
@@ -221,6 +222,8 @@ def test_a_folder_predicts_as_the_learner_does(way, tmp_path):
     with torch.no_grad(): out = learn.model.eval()(batch)
     mask, *label = out if isinstance(out, tuple) else (out,)
     task, answer = predictor.task, predictor(picture)
+    probs = learn.predict(dl.dataset.items[1])[2]
+    assert torch.allclose(answer.probabilities, probs[0] if label else probs, atol=1e-5)
     h, w = picture.shape[-2:] if isinstance(picture, Tensor) else picture.size[::-1]
     assert answer.mask.shape == (h, w) and answer.probabilities.shape == (mask.shape[1], h, w)
     if mask.shape[-2:] == (h, w):
@@ -245,7 +248,7 @@ def test_a_folder_keeps_what_was_reached_and_asks_for_nothing(learn, tmp_path):
 
 
 def test_what_no_folder_can_say_is_refused(learn, tmp_path):
-    cropped = built(None, item_tfms=RandomResizedCrop(24), path=tmp_path)
+    cropped = built(None, item_tfms=RandomResizedCrop(48), path=tmp_path)
     with pytest.raises(ValueError, match="transform RandomResizedCrop changes pictures.*ignore="): cropped.save_pretrained(tmp_path/"no")
     with pytest.raises(ValueError, match="other numbers than your data do"): cropped.save_pretrained(tmp_path/"no", ignore=["RandomResizedCrop"])
     with pytest.raises(TypeError, match="a Sequential cannot be built again"):

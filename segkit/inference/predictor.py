@@ -41,43 +41,23 @@ def _filled(x):
     mean = x.nanmean((1, 2), keepdim=True).nan_to_num(0)
     return torch.where(lacks, mean, x)
 
-# %% ../../nbs/inference/30_predictor.ipynb #window
-@dataclass(frozen=True)
-class _Window:
-    "What of a picture is resized, and to which size; height before width"
-    size: tuple[int, int] # Of the window, in pixels of the picture
-    corner: tuple[int, int] # Upper left corner; below 0 where it reaches beyond the picture
-    target: tuple[int, int] # Size that the model sees
-
-def _window(rule, h, w):
-    "The window for a picture of this height and width"
-    if rule is None: return _Window((h, w), (0, 0), (h, w))
+# %% ../../nbs/inference/30_predictor.ipynb #target
+def _target(rule, h, w):
+    "Height and width at which the model sees a picture"
+    if rule is None: return h, w
     height, width = rule["size"]
-    if rule["method"] == "squish": return _Window((h, w), (0, 0), (height, width))
-    if rule["method"] == "crop":
-        scale = min(w/width, h/height)
-        return _Window((h, w), (0, 0), (max(1, round(h/scale)), max(1, round(w/scale))))
-    scale = max(w/width, h/height)
-    size = int(scale*height), int(scale*width)
-    return _Window(size, (int(.5*(h - size[0])), int(.5*(w - size[1]))), (height, width))
+    if rule["method"] == "squish": return height, width
+    factors = height/h, width/w
+    factor = max(factors) if rule["method"] == "crop" else min(factors)
+    return max(1, round(factor*h)), max(1, round(factor*w))
 
-# %% ../../nbs/inference/30_predictor.ipynb #to-window
-_PADS = {"zeros": "constant", "border": "edge", "reflection": "reflect"}
-
-def _resized(x, window, pad_mode):
+# %% ../../nbs/inference/30_predictor.ipynb #resized
+def _resized(x, size):
     "A picture `(c, h, w)` in the size that the model sees; bytes as Pillow does it, as in training"
-    if window.size != x.shape[-2:]: x = _padded(x, window, pad_mode)
-    if window.target == x.shape[-2:]: return x
-    if x.dtype == torch.uint8 and len(x) in (1, 3): return _resized_by_pillow(x, window.target)
-    small = F.interpolate(x[None].float(), window.target, mode="bilinear", antialias=True)[0]
+    if size == x.shape[-2:]: return x
+    if x.dtype == torch.uint8 and len(x) in (1, 3): return _resized_by_pillow(x, size)
+    small = F.interpolate(x[None].float(), size, mode="bilinear", antialias=True)[0]
     return small.round().clamp(0, 255).to(x.dtype) if x.dtype == torch.uint8 else small
-
-def _padded(x, window, pad_mode):
-    "The window of a picture, filled where it reaches beyond"
-    around = [(0, 0)]
-    for n, size, start in zip(x.shape[-2:], window.size, window.corner):
-        around.append((max(-start, 0), max(size - n + start, 0)))
-    return torch.from_numpy(np.pad(x.numpy(), around, mode=_PADS[pad_mode or "zeros"]))
 
 def _resized_by_pillow(x, size):
     "Pillow's own rounding of bytes"
@@ -86,12 +66,10 @@ def _resized_by_pillow(x, size):
     array = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
     return torch.from_numpy(array.copy()).view(*size, len(x)).movedim(-1, 0)
 
-def _back(probs, window, h, w):
-    "Probabilities `(c, *target)` in the picture's own size `(c, h, w)`"
-    if window.size != probs.shape[-2:]:
-        probs = F.interpolate(probs[None], window.size, mode="bilinear")[0]
-    top, left = (max(-start, 0) for start in window.corner)
-    return probs[:, top:top + h, left:left + w]
+def _back(probs, size):
+    "Probabilities `(c, H, W)` in the picture's own size `(c, h, w)`"
+    if size == probs.shape[-2:]: return probs
+    return F.interpolate(probs[None], size, mode="bilinear")[0]
 
 # %% ../../nbs/inference/30_predictor.ipynb #answer
 @dataclass(frozen=True, eq=False)
@@ -180,7 +158,7 @@ class Predictor:
         picture: Any, # A picture
     ) -> Tensor: # What is shown to the model `(1, c, H, W)`
         "A picture as the model sees it: resized and normalised as in training"
-        return _seen(self, _pixels(picture, self.channels, self.facts))[0]
+        return _seen(self, _pixels(picture, self.channels, self.facts))
 
     def __repr__(self):
         return f"Predictor of {self.model.name}: {self.task.mode}, {', '.join(self.classes)}"
@@ -206,23 +184,20 @@ def _completed(facts, model, where):
 def _answer(predictor, picture):
     "Answer one picture"
     x = _pixels(picture, predictor.channels, predictor.facts)
-    h, w = x.shape[-2:]
-    seen, window = _seen(predictor, x)
+    seen = _seen(predictor, x)
     like = next(predictor.model.parameters())
     out = predictor.model(seen.to(like.device, like.dtype))
     mask, *label = out if isinstance(out, (tuple, list)) else (out,)
-    probs = _back(predictor.task.activation(mask)[0].cpu(), window, h, w)
+    probs = _back(predictor.task.activation(mask)[0].cpu(), x.shape[-2:])
     answer = dict(probabilities=probs, classes=predictor.classes, picture=x)
     if label: answer |= _label(predictor, label[0])
     return Prediction(predictor.task.decodes(probs[None])[0], **answer)
 
 # %% ../../nbs/inference/30_predictor.ipynb #normalized
 def _seen(predictor, x):
-    "What is shown to the model `(1, c, H, W)`, and which window of the picture it is"
-    rule = predictor.facts.get("resize")
-    window = _window(rule, *x.shape[-2:])
-    small = _resized(x, window, rule and rule.get("pad_mode"))
-    return _normalized(predictor, small)[None], window
+    "What is shown to the model `(1, c, H, W)`"
+    size = _target(predictor.facts.get("resize"), *x.shape[-2:])
+    return _normalized(predictor, _resized(x, size))[None]
 
 def _normalized(predictor, x):
     "A picture as the model saw those of training"

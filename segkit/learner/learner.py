@@ -197,13 +197,15 @@ def validation_context(self: SegmentationLearner,
 @contextmanager
 def _resting_training(learn):
     "Callbacks of a training rest; afterwards they and the recorder are as before"
-    recorder = getattr(learn, "recorder", None)
-    record = _kept(recorder, (*RECORDED, "metric_names")) if recorder else {}
+    recorder, names = getattr(learn, "recorder", None), (*RECORDED, "metric_names")
+    record = _kept(recorder, names) if recorder else {}
     runs = {cb: cb.run for cb in learn.cbs if _belongs_to_training(cb)}
     for cb in runs: cb.run = False
     try: yield
     finally:
-        if recorder: vars(recorder).update(record)
+        if recorder:
+            for name in names: vars(recorder).pop(name, None)  # not there before a first training
+            vars(recorder).update(record)
         for cb, run in runs.items(): cb.run = run
 
 def _belongs_to_training(cb):

@@ -25,6 +25,7 @@ from ..core.names import few, unwrapped
 from ..core.registry import encoders
 from ..data.blocks import ReadPicture
 from ..data.shims import quiet_import
+from ..data.whole import uncropped
 from ..inference.predictor import Predictor, load_predictor
 from .splitter import unwrap
 
@@ -285,7 +286,8 @@ def _scores(learn):
     recorder = getattr(learn, "recorder", None)
     if recorder is None or not len(getattr(recorder, "values", ())): return None
     names = list(recorder.metric_names)[1:]  # without "epoch"; "time" has no value
-    return {name: float(value) for name, value in zip(names, recorder.values[-1])}
+    values = zip(names, recorder.values[-1])
+    return {name: float(value) for name, value in values if value is not None}
 
 def _license(config):
     "Licence of the encoder's weights, if somebody says"
@@ -320,6 +322,7 @@ class FolderMixin:
 # %% ../../nbs/learner/08_saving.ipynb #check
 def _check_answer(model, facts, dl):
     "Raise `ValueError` unless the predictor shows the model what the data show it"
+    dl, _ = uncropped(dl)
     item = dl.dataset[0]
     picture = item[0] if isinstance(item[0], torch.Tensor) else np.asarray(item[0])
     dl.before_iter()  # fastai tells the transforms here that they are not in training
@@ -328,9 +331,6 @@ def _check_answer(model, facts, dl):
     read = {name: None for name in ("bytes", "scale")}  # the item was read already
     if facts.get("nodata"): read["nodata"] = ["nan"]
     ours = Predictor(model, facts | read).seen(picture)
-    if facts["resize"] and facts["resize"]["method"] == "crop":  # the middle, as the data show it
-        top, left = ((n - m)//2 for n, m in zip(ours.shape[-2:], theirs.shape[-2:]))
-        if top or left: return
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-4):
         raise ValueError("the predictor would show the model other numbers than your data do "
                          f"({tuple(ours.shape)} and {tuple(theirs.shape)}): the data change "
