@@ -52,7 +52,7 @@ def test_killed_then_two_at_once(tmp_path):
         assert out.strip() == "206", err
     assert sorted(p.name for p in tmp_path.iterdir()) == [left[0].name, "brain1-48-degraded2"]
     target = tmp_path/"brain1-48-degraded2"
-    assert sorted(p.name for p in target.iterdir()) == ["NOTICE.txt", "images", "masks", "slices.csv"]
+    assert sorted(p.name for p in target.iterdir()) == [".built.json", "NOTICE.txt", "images", "masks", "slices.csv"]
     assert [len(list((target/name).iterdir())) for name in ("images", "masks")] == [206, 121]
 
 def test_recipe(tmp_path):

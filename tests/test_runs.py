@@ -107,7 +107,9 @@ def failing(number):
     return fail
 
 def error(): raise RuntimeError("an error of a test")
-def press_stop(): signal.raise_signal(signal.SIGINT)
+def press_stop():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may have none
+    signal.raise_signal(signal.SIGINT)
 WAYS = {  # event and what is done there; a patch is undone before the run goes on
     "an error in training": (partial(Break, "after_backward", error, training=True), RuntimeError),
     "an error in validation": (partial(Break, "after_pred", error, training=False), RuntimeError),

@@ -147,7 +147,7 @@ def test_strangers_stay_errors(wrong):
     name, tensor = WRONG[wrong]
     for wrap, prefix, beside in list(WAYS.values())[:3]:
         given = {prefix + k: t for k, t in (checkpoint | {name: tensor}).items()} | beside
-        with pytest.raises(RuntimeError, match=re.escape(f'Unexpected key(s) in state_dict: "{prefix}{name}"')): wrap(ours).load_state_dict(given)
+        with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*" + re.escape(prefix + name)): wrap(ours).load_state_dict(given)
         assert wrap(ours).load_state_dict(given, strict=False).unexpected_keys == [prefix + name]
     del checkpoint["decoder.conv.0.weight"], given
     with pytest.raises(RuntimeError, match="Missing key.*decoder.conv.0.weight"): Lightning(ours).load_state_dict({f"model.{k}": t for k, t in checkpoint.items()}, strict=True)

@@ -18,10 +18,10 @@ CHECKS = {
     "lint": ("ruff", [PYTHON, "-m", "ruff", "check", "--output-format", "concise", "nbs", "tests", "tools", "docs", "setup.py"]),
     "docs": ("the site builds without warnings", [PYTHON, "tools/docs.py", "site"]),
     "run": ("every notebook runs", [PYTHON, "tools/run_nbs.py"]),
-    "tests": ("pytest", [PYTHON, "-m", "pytest", "-n", "2"]),  # last: its closing line ends a run that passes
+    "tests": ("pytest", [PYTHON, "-m", "pytest", "-n", "2", "--dist", "worksteal"]),  # last: its closing line ends a run that passes
 }
 CHECKS_OF_QUICK = ["notebooks", "fresh", "readme", "lint", "quick tests"]
-QUICK_TESTS = ("the quick part of pytest", [PYTHON, "-m", "pytest", "-n", "2", "--quick"])
+QUICK_TESTS = ("the quick part of pytest", [PYTHON, "-m", "pytest", "-n", "2", "--dist", "worksteal", "--quick"])
 
 def tree():
     "What git says about the tree, or nothing without git"

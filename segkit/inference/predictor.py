@@ -22,7 +22,7 @@ from ..core.pictures import read_picture, source_name
 from ..core.task import Task
 from ..inspect.pictures import overlay, palette
 from ..model.facts import check_facts, check_names
-from ..model.hub import facts_of, from_pretrained
+from ..model.hub import model_with_facts
 
 # %% ../../nbs/inference/30_predictor.ipynb #pixels
 def _pixels(picture, channels, facts):
@@ -230,10 +230,7 @@ def load_predictor(
     **facts: Any, # Entries to use in place of the folder's, such as `mean`, `std`, `mode`
 ) -> Predictor: # Predictor
     "The predictor of a saved model; nothing that the folder holds is run"
-    for _ in range(3):  # again where the folder was replaced meanwhile
-        found = facts_of(name)
-        model = from_pretrained(name, trust_remote_code=trust_remote_code)
-        if facts_of(name) == found: break
+    model, found = model_with_facts(name, trust_remote_code)
     return Predictor(model.to(device), found | facts, str(name))
 
 # %% ../../nbs/inference/30_predictor.ipynb #module-dir
