@@ -46,8 +46,14 @@ _RANDOM = {
 class skip_init(TorchFunctionMode):
     "Inside `with skip_init():` new models get no random weights, for those who load all weights next"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _RANDOM: return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in _RANDOM: return func(*args, **kwargs)
+        tensor = args[0] if args else kwargs["tensor"]
+        if func is not Tensor.normal_: return tensor
+        # `nn.init.trunc_normal_` draws anew into tensors of its own, with a generator
+        again = "generator" in kwargs and not isinstance(tensor, nn.Parameter)
+        mean = args[1] if len(args) > 1 else kwargs.get("mean", 0.)
+        return func(*args, **kwargs) if again else tensor.fill_(mean)
 
 # %% ../../nbs/core/05_init.ipynb #module-dir
 def __dir__(): return __all__  # noqa: F821
