@@ -46,17 +46,17 @@ def check_decoder(
 ) -> None:
     "Raise `TypeError` or `ValueError` that names the promise which a decoder breaks"
     channels = list(encoder_channels)
-    with torch.random.fork_rng(): decoder = _built(decoder, channels)
+    with torch.random.fork_rng(): built = _built(decoder, channels)
     strides, sizes = _strides(channels, output_stride), _SIZES if any_size else _SIZES[:-1]
-    like = next(decoder.parameters(), torch.empty(0)).detach()
-    with _undisturbed(decoder):
+    like = next(built.parameters(), torch.empty(0)).detach()
+    with _undisturbed(built):
         pyramids = {size: _pyramid(like, channels, strides, size, 2) for size in sizes}
         with torch.no_grad():
-            answers = {size: _answer(decoder, maps) for size, maps in pyramids.items()}
-            for size, answer in answers.items(): _check_map(decoder, answer, size)
-            _check_level(decoder, answers, pyramids)
-            _check_one(decoder, answers[sizes[-1]], pyramids[sizes[-1]])
-        _check_gradient(decoder, pyramids[sizes[-1]])
+            answers = {size: _answer(built, maps) for size, maps in pyramids.items()}
+            for size, answer in answers.items(): _check_map(built, answer, size)
+            _check_level(built, answers, pyramids)
+            _check_one(built, answers[sizes[-1]], pyramids[sizes[-1]])
+        _check_gradient(built, pyramids[sizes[-1]])
 
 def _built(decoder, channels):
     "The decoder, built if need be, with the one attribute it must have"
