@@ -1,3 +1,4 @@
+from .checking import check_decoder as check_decoder
 from .create import MODEL_ARCHITECTURES_MAPPING as MODEL_ARCHITECTURES_MAPPING
 from .create import create_model as create_model
 from .hub import from_pretrained as from_pretrained
