@@ -207,6 +207,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'segkit.compat.install.install': ('compat/install.html#install', 'segkit/compat/install.py'),
                                        'segkit.compat.install.installed': ('compat/install.html#installed', 'segkit/compat/install.py'),
                                        'segkit.compat.install.main': ('compat/install.html#main', 'segkit/compat/install.py'),
+                                       'segkit.compat.install.state_dict': ('compat/install.html#state_dict', 'segkit/compat/install.py'),
                                        'segkit.compat.install.uninstall': ('compat/install.html#uninstall', 'segkit/compat/install.py')},
             'segkit.compat.losses': { 'segkit.compat.losses.__dir__': ('compat/losses.html#__dir__', 'segkit/compat/losses.py'),
                                       'segkit.compat.losses._focal': ('compat/losses.html#_focal', 'segkit/compat/losses.py'),

@@ -187,7 +187,7 @@ def test_items_without_a_mask_can_be_left_out(tmp_path):
     with pytest.raises(FileNotFoundError, match='2 of 12 masks are not there.*`missing="skip"`'): MaskDataLoaders.from_folder(tmp_path, **OPTIONS)
     dls = MaskDataLoaders.from_folder(tmp_path, missing="skip", **OPTIONS)
     assert dls.train.n + dls.valid.n == 10 and [f[-7:] for f in dls.left_out] == ["002.png", "009.png"]
-    assert dls.report().doubts.what.tolist() == ["left out: it has no mask"]*2
+    assert dls.report().doubts.what.tolist() == ["this mask is not there; its picture is left out"]*2
 
 def test_leaving_out_keeps_each_item_in_its_set(tmp_path):
     "A table with a column for validation; a splitter of one's own; a random split is that of all items"
@@ -210,6 +210,20 @@ def test_the_report_counts_what_numpy_counts(tmp_path):
     masks = np.stack([np.array(item[1]) for item in dls.train_ds])
     assert report.shares.train.tolist() == pytest.approx((np.bincount(masks.ravel())/masks.size).tolist())
     assert report.table.train["pictures"] == 7 and report.doubts.empty and len(report.figure.axes) == 3
+
+def test_the_report_calls_a_picture_of_a_table_by_its_file(tmp_path):
+    "Whatever stands in the first column: the same picture in both sets, a black one, one that is damaged in its middle"
+    write(tmp_path, 12)
+    for kind in ("images", "masks"): (tmp_path/f"{kind}/011.png").write_bytes((tmp_path/f"{kind}/003.png").read_bytes())
+    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(tmp_path/"images/005.png")
+    damaged = bytearray((tmp_path/"images/007.png").read_bytes())
+    damaged[500:600] = bytes(100)
+    (tmp_path/"images/007.png").write_bytes(damaged)
+    df = pd.DataFrame([[f"masks/{i:03}.png", f"images/{i:03}.png", i >= 8] for i in range(12)], columns=["mask", "image", "held"])
+    dls = MaskDataLoaders.from_df(df, tmp_path, image_col="image", mask_col="mask", valid_col="held", **OPTIONS)
+    doubts = dls.report().doubts
+    assert sorted(doubts.file) == [f"images/{i:03}.png" for i in (3, 5, 7)], doubts
+    assert not doubts.what.str.contains("007").any(), "the name stands once"
 
 def test_the_report_finds_a_picture_in_both_sets(tmp_path):
     "The same file, the same pixels in another format, the same picture twice in training; and no other"

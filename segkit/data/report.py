@@ -53,9 +53,10 @@ def _look_at(dl, name, question, n, progress):
     facts = SetFacts(name, len(dl.dataset))
     go = watched if progress else lambda items, total: items
     facts.files = list(go(item_files(dl, question.channels), facts.n))
+    names = {item.index: item.pictures[0].file for item in facts.files if item.pictures}
     chosen = spread_over(facts.n, n)
     for i in go(chosen, len(chosen)):
-        file = item_name(dl, i).split(", ")[0]
+        file = names.get(i) or item_name(dl, i).split(", ")[0]
         try: picture, mask, *label = dl.dataset[i]
         except Exception as error: facts.doubts.append((file, _short(error, file)))
         else: _add(facts, file, picture, mask, label, question)
@@ -278,7 +279,7 @@ def data_report(
     doubts += [(*place, what) for place, what in _twice(sets).items()]
     doubts += [("train", *doubt) for doubt in _absent(sets, question.codes)]
     left_out = vars(dls).get("left_out", [])
-    doubts += [("", file, "left out: it has no mask") for file in left_out]
+    doubts += [("", file, "this mask is not there; its picture is left out") for file in left_out]
     rows = {s.name: _column(s, question) for s in sets}
     pictures = pd.DataFrame([row for s in sets for row in s.pictures])
     root = _root(dls)
