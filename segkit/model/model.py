@@ -22,6 +22,7 @@ from ..encoders.base import EncoderMixin
 from ..heads.classification import ClassificationHead
 from .config import plain_arguments
 from .hub import HubMixin
+from .pickles import PickleMixin
 
 # %% ../../nbs/model/02_model.ipynb #input
 def check_images(
@@ -240,7 +241,7 @@ class PredictMixin:
             for module, training in modes.items(): module.training = training
 
 # %% ../../nbs/model/02_model.ipynb #model
-class SegmentationModel(HubMixin, LoadMixin, FreezeMixin, PredictMixin, Assembly):
+class SegmentationModel(HubMixin, PickleMixin, LoadMixin, FreezeMixin, PredictMixin, Assembly):
     "Encoder, decoder, segmentation head and, if asked, classification head"
     __constants__ = ["requires_divisible_input_shape", "enlarge_mask"]  # for torch.jit.script
     requires_divisible_input_shape = True  # whether the decoder needs multiples of the encoder's stride
