@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import segkit
+from segkit.core.registry import UnknownName
 from segkit.encoders import EncoderMixin, check_encoder, get_encoder, get_preprocessing_params
+from segkit.encoders.universal import TimmUniversalEncoder
 
 
 class MyEncoder(nn.Module, EncoderMixin):
@@ -172,3 +174,39 @@ def test_a_shallow_encoder_needs_no_dilation():
 ])
 def test_errors_say_what_to_do(kwargs, error, says):
     with pytest.raises(error, match=says): get_encoder(**kwargs)
+
+
+# Row 50: what was given, and what to choose. Seen on the old code: another class's name alone, timm's bare RuntimeError, a hang.
+
+@pytest.mark.parametrize("architecture, name, owner", [
+    ("DeepLabV3", "vgg11", "VGGEncoder"), ("DeepLabV3Plus", "vgg16_bn", "VGGEncoder"), ("PAN", "densenet121", "DenseNetEncoder"),
+    ("DeepLabV3", "mit_b0", "MixVisionTransformerEncoder"),
+])
+def test_an_encoder_that_cannot_be_dilated_is_named_with_what_to_choose(architecture, name, owner):
+    with pytest.raises(ValueError) as caught: getattr(segkit, architecture)(name, encoder_weights=None)
+    text = str(caught.value)
+    assert f"encoder {name!r}: {owner} cannot be dilated" in text and "resnet*" in text and "Unet" in text
+    assert " output_stride=32" not in text  # no model takes an argument of this name
+
+
+@pytest.mark.parametrize("weights", [True, "imagenet", None, "a1_in1k"])
+@pytest.mark.parametrize("architecture, name, tag, close", [
+    ("Unet", "tu-resnet18.nope", "nope", "a1_in1k"), ("Unet", "tu-resnet18.tv_in1", "tv_in1", "did you mean 'tv_in1k'"),
+    ("FPN", "tu-resnet18.", "''", "a1_in1k"), ("Unet", "tu-vit_tiny_patch16_224.augreg", "augreg", "augreg_in21k"),
+    ("DPT", "tu-vit_tiny_patch16_224.augreg", "augreg", "augreg_in21k"),
+])
+def test_a_tag_in_the_name_that_timm_does_not_have_is_named(architecture, name, tag, close, weights):
+    with pytest.raises(UnknownName) as caught: segkit.create_model(architecture, name, encoder_weights=weights)
+    assert tag in str(caught.value) and close in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [10**12, 65, 0, -1, True, 2.5, 5., "5", None, float("nan")])
+def test_a_depth_that_is_no_depth_is_refused_at_once(depth):
+    builds = [lambda: get_encoder("resnet18", depth=depth), lambda: get_encoder("tu-resnet18", depth=depth),
+              lambda: get_encoder("tu-vit_tiny_patch16_224", depth=depth), lambda: TimmUniversalEncoder("resnet18", depth=depth)]
+    names = "Unet UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus UPerNet Segformer".split()
+    builds += [lambda name=name: getattr(segkit, name)("resnet18", encoder_depth=depth, encoder_weights=None) for name in names]
+    builds.append(lambda: segkit.DPT("tu-vit_tiny_patch16_224", encoder_depth=depth, encoder_weights=None))
+    for build in builds:
+        with pytest.raises(ValueError) as caught: build()
+        assert f"encoder_depth={depth!r}: expected" in str(caught.value)

@@ -19,6 +19,7 @@ from ..core.geometry import resize
 from ..core.layers import Activation, BatchNorm2d, channels_second
 from ..model.model import SegmentationModel
 from ..core.registry import architectures, check_choice
+from ..encoders.base import check_levels
 from ..encoders.vit import get_vit_encoder
 
 # %% ../../nbs/decoders/11_dpt.ipynb #readout
@@ -217,7 +218,7 @@ class DPT(SegmentationModel):
     ):
         super().__init__()
         check_choice("decoder_readout", decoder_readout, readouts)
-        _check_widths(decoder_intermediate_channels, encoder_depth)
+        _check_widths(decoder_intermediate_channels, check_levels(encoder_depth))
         if "encoder_output_stride" in kwargs:
             raise ValueError("DPT has no encoder_output_stride: "
                              "its maps have the stride of the encoder's blocks")

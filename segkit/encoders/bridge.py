@@ -16,7 +16,7 @@ from torch import nn, Tensor
 
 from ..core.layers import LayerNorm2d
 from ..core.registry import check_choice
-from .base import EncoderMixin
+from .base import EncoderMixin, check_levels
 from .fit import Fit, fill_levels, find_fit
 from .probing import parameter_stages, unused_parameters
 from .timm_models import (
@@ -140,7 +140,7 @@ def _block_strides(name, indices):
 def _targets(name, strides, depth, output_stride):
     "Level -> level whose stride it has: the same, or a finer one to keep within the output stride"
     deepest = max(5, *map(level_of, strides))
-    if not 1 <= depth <= deepest:
+    if not 1 <= check_levels(depth) <= deepest:
         raise ValueError(f"encoder_depth={depth}: for the timm model {name!r} "
                          f"use a depth of 1 to {deepest}")
     check_choice("output_stride", output_stride, [8, 16, 32])

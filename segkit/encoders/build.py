@@ -18,7 +18,7 @@ from torch import nn, Tensor
 
 from ..core.files import is_weights_file
 from ..core.registry import UnknownName, check_choice, check_keywords, encoders, nearest
-from .base import EncoderMixin, check_encoder
+from .base import EncoderMixin, check_encoder, check_levels
 from .bridge import TimmBridgeEncoder
 from .checkpoint import recomputed
 from .given import ModuleEncoder
@@ -121,7 +121,7 @@ def get_encoder(
     # SMP's encoders, and subclasses written for it, know no strategy
     strategy = {} if channel_strategy == "tile" else {"strategy": channel_strategy}
     encoder.set_in_channels(in_channels, pretrained=has_weights, **strategy)
-    if dilates: encoder.make_dilated(output_stride)
+    if dilates: _dilate(encoder, name, output_stride)
     if use_checkpoint: encoder.set_gradient_checkpointing()
     return encoder
 
@@ -139,6 +139,13 @@ def _create(name, depth, weights, output_stride, kwargs):
     if entry: return _from_class(name, entry, depth, weights, kwargs)
     return _from_timm(present, depth, weights, output_stride, kwargs)
 
+def _dilate(encoder, name, output_stride):
+    "Dilate, or say which encoder it is that cannot be"
+    try: encoder.make_dilated(output_stride)
+    except ValueError as error:
+        if not isinstance(name, str): raise
+        raise ValueError(f"encoder {name!r}: {error}") from None
+
 def _warn_replaced(name, present):
     "A name that is deprecated"
     message = f"the encoder name {name!r} is deprecated; {present!r} takes its place"
@@ -146,8 +153,7 @@ def _warn_replaced(name, present):
 
 def _check_options(depth, output_stride, use_checkpoint):
     "Raise for options that no encoder takes"
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        raise ValueError(f"encoder_depth={depth!r}: expected a whole number from 1 on")
+    check_levels(depth)
     check_choice("output_stride", output_stride, [8, 16, 32])
     if not isinstance(use_checkpoint, bool):
         raise TypeError(f"use_checkpoint={use_checkpoint!r}: expected True or False")

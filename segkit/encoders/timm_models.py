@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..core.registry import UnknownName, did_you_mean, nearest
-from .weights import load_weights, offline_help
+from .weights import check_tag, load_weights, offline_help
 
 # %% ../../nbs/encoders/02a_timm_models.ipynb #meta
 class no_fill(TorchFunctionMode):
@@ -34,6 +34,7 @@ def meta_model(
 ) -> nn.Module: # The model on the meta device, in evaluation mode
     "A model to ask questions of: shapes without values"
     import timm
+    check_tag(name)
     with torch.device("meta"), no_fill():
         return timm.create_model(name, pretrained=False, **kwargs).eval()
 

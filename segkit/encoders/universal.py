@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn, Tensor
 
 from ..core.stored import shapes
-from .base import EncoderMixin
+from .base import EncoderMixin, check_levels
 from .fit import Fit, fill_levels, find_fit
 from .probing import parameter_stages
 from .timm_models import (
@@ -94,6 +94,7 @@ class TimmUniversalEncoder(EncoderMixin, nn.Module):
         **kwargs, # Arguments of the timm model
     ):
         super().__init__()
+        check_levels(depth)
         facts = feature_facts(name)
         plan = plan_levels(facts.strides, depth)
         _check_plan(name, facts.strides, plan, depth)
@@ -164,7 +165,7 @@ def _refused(name, output_stride, error):
     about_stride = not isinstance(error, TypeError) or "output_stride" in str(error)
     if output_stride == 32 or not about_stride: return refused_by_timm(name, error)
     return ValueError(f"output_stride={output_stride}: the timm model {name!r} cannot be dilated; "
-                      "use 32, or a convolutional one such as 'tu-resnet50', or pass "
+                      "choose a convolutional one such as 'tu-resnet50', or pass "
                       "bridge='resize', which enlarges the maps in place of dilating")
 
 # %% ../../nbs/encoders/02_universal.ipynb #which

@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from ..core.geometry import pad_to_multiple, resize
 from ..core.registry import encoders
-from .base import EncoderMixin
+from .base import EncoderMixin, check_levels
 from .fit import level_size
 from .probing import parameter_stages
 from .surgery import copy_structure
@@ -67,7 +67,7 @@ def check_indices(
     blocks: int, # How many there are
 ) -> list[int]: # Their numbers, from 0
     "Raise unless there are `depth` indices that exist"
-    if not 1 <= depth <= blocks:
+    if not 1 <= check_levels(depth) <= blocks:
         raise ValueError(f"encoder_depth={depth}: this model has {blocks} blocks; "
                          f"use a depth of 1 to {blocks}")
     if indices is None: return sample_block_indices_uniformly(depth, blocks)

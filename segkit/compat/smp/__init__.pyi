@@ -21,6 +21,7 @@ from ...model.create import create_model as create_model
 from ...model.hub import from_pretrained as from_pretrained
 from ..install import install as install
 from ..install import installed as installed
+from ..install import state_dict as state_dict
 from ..install import uninstall as uninstall
 
 __version__: str
