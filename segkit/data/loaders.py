@@ -304,8 +304,6 @@ class MaskDataLoaders(DataLoaders):
         options = dict(in_channels=in_channels, bands=bands, values=values, void=void,
                        overlapping=overlapping, min_share=min_share, nodata=nodata, scale=scale)
         blocks, get_y = _targets(codes, each, get_mask, get_label, labels, options)
-        if img_cls is not None and not nodata is scale is None:
-            raise ValueError("img_cls= reads the pictures itself, without `nodata` and `scale`")
         if img_cls is not None: blocks = (ImageBlock(img_cls), *blocks[1:])
         if img_cls is not None and not (nodata is None and scale is None):
             raise ValueError("img_cls= reads the pictures itself, without `nodata` and `scale`")
